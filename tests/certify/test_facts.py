@@ -1,0 +1,104 @@
+"""Lines of the activation facts lie on the right side of the function, for any slope."""
+
+from __future__ import annotations
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torch_prepared.certify.facts import activation_facts, default_slopes, line_offset
+from torch_prepared.errors import UnsupportedOperationError
+
+MP = {
+    "relu": lambda x: max(x, mpmath.mpf(0)),
+    "abs": abs,
+    "leaky_relu": lambda x: x if x > 0 else x * 0.3,
+    "tanh": mpmath.tanh,
+    "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x)),
+    "softplus": lambda x: mpmath.log1p(mpmath.exp(x)),
+    "elu": lambda x: x if x > 0 else 0.3 * mpmath.expm1(x),
+    "gelu": lambda x: x * mpmath.ncdf(x),
+    "silu": lambda x: x / (1 + mpmath.exp(-x)),
+}
+ENDS = st.one_of(
+    st.floats(-6, 6),
+    st.floats(-1e-8, 1e-8),
+    st.sampled_from([0.0, -1.4142135623730951, 2.3993572805154677, -700.0, 700.0, 1e6, -1e6]),
+)
+
+
+@pytest.mark.parametrize("op", MP)
+@settings(max_examples=80, deadline=None)
+@given(
+    ends=st.tuples(ENDS, ENDS),
+    slope=st.one_of(st.floats(-2, 2), st.none()),
+    seed=st.integers(0, 99),
+)
+def test_line_is_on_its_side(
+    op: str, ends: tuple[float, float], slope: float | None, seed: int
+) -> None:
+    facts = activation_facts(op, {"alpha": 0.3}, "here")
+    low, high = np.array([[min(ends)]]), np.array([[max(ends)]])
+    with np.errstate(all="ignore"):
+        if slope is None:
+            slopes = default_slopes(facts, low, high)
+        else:
+            slopes = (np.full((1, 1), slope),) * 2
+        below = line_offset(facts, low, high, slopes[0], above=False)
+        above = line_offset(facts, low, high, slopes[1], above=True)
+    rng = np.random.default_rng(seed)
+    inner = np.concatenate(
+        [
+            rng.uniform(low[0, 0], high[0, 0], 12),
+            [low[0, 0], high[0, 0]],
+            np.clip([0.0, -0.75, -1.28], low[0, 0], high[0, 0]),
+        ]
+    )
+    with mpmath.workdps(50):
+        for x in inner.tolist():
+            value = MP[op](mpmath.mpf(x))
+            assert mpmath.mpf(slopes[0].item()) * x + below.item() <= value
+            assert mpmath.mpf(slopes[1].item()) * x + above.item() >= value
+
+
+@pytest.mark.parametrize("op", MP)
+def test_default_lines_touch_the_function(op: str) -> None:
+    """Not vacuous: on small intervals the gap between the lines is of second order."""
+    facts = activation_facts(op, {"alpha": 0.3}, "here")
+    center = np.linspace(-4, 4, 41)[None]
+    low, high = center - 1e-3, center + 1e-3
+    with np.errstate(all="ignore"):
+        slopes = default_slopes(facts, low, high)
+        below = slopes[0] * center + line_offset(facts, low, high, slopes[0], above=False)
+        above = slopes[1] * center + line_offset(facts, low, high, slopes[1], above=True)
+    away = np.abs(center) > 1e-2  # kinks are at 0
+    assert np.all((above - below)[away] < 2e-6)
+    assert np.all(above - below < 3e-3)
+
+
+def test_slope_zero_gives_the_range() -> None:
+    """The interval rule of functions with a valley finds the bottom of the valley."""
+    bottoms = {"gelu": -0.16997120747990369, "silu": -0.27846454276107374, "abs": 0.0}
+    for op, bottom in bottoms.items():
+        facts = activation_facts(op, {}, "here")
+        low, high = np.array([[-5.0]]), np.array([[4.0]])
+        found = line_offset(facts, low, high, np.zeros((1, 1)), above=False).item()
+        assert found <= bottom
+        assert found == pytest.approx(bottom, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs"),
+    [
+        ("sin", {}),
+        ("gelu", {"approximate": "tanh"}),
+        ("leaky_relu", {"alpha": -0.1}),
+        ("elu", {"alpha": float("nan")}),
+        ("elu", {}),
+    ],
+)
+def test_unknown_functions_are_refused(op: str, attrs: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedOperationError, match="here"):
+        activation_facts(op, attrs, "here")

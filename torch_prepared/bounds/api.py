@@ -1,0 +1,165 @@
+"""Bounds by name: one entry for every method."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_prepared.bounds._properties import PropertyBatch
+from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.bounds.crown import DEFAULT_MEMORY, bound_nodes, bound_rows
+from torch_prepared.core.graph import Graph
+from torch_prepared.core.interval import Interval
+from torch_prepared.errors import SpecError
+from torch_prepared.specs import InputSet, Property
+
+__all__ = ["Method", "MarginBounds", "compute_bounds", "certified_margin"]
+
+
+class Method(enum.Enum):
+    """How to bound.
+
+    ``IBP`` intervals everywhere; ``CROWN_IBP`` a backward pass for the output over interval
+    relaxations; ``CROWN`` backward passes for every unstable scalar.
+    """
+
+    IBP = "ibp"
+    CROWN_IBP = "crown-ibp"
+    CROWN = "crown"
+
+    @classmethod
+    def named(cls, name: str | Method) -> Method:
+        """The method called ``name``."""
+        try:
+            return cls(name)
+        except ValueError:
+            known = ", ".join(m.value for m in cls)
+            raise SpecError(f"method: got {name!r}; expected one of {known}") from None
+
+
+@dataclass(frozen=True)
+class MarginBounds:
+    """Certified lower bounds for a batch of properties.
+
+    Args:
+        margin: (b,) lower bound of the safety margin over each region; positive means proved in
+            exact arithmetic.
+        rows: (b, s) lower bound of every output row plus offset.
+        boxes: intervals of every node's value.
+        batch: the properties in batched form.
+    """
+
+    margin: Tensor
+    rows: Tensor
+    boxes: Mapping[str, Interval]
+    batch: PropertyBatch
+
+
+def compute_bounds(
+    graph: Graph,
+    regions: InputSet | Sequence[InputSet],
+    rows: Tensor | None = None,
+    *,
+    method: str | Method = Method.CROWN,
+    parameters: Mapping[str, Tensor] | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+) -> Interval:
+    """Bounds of output rows over every region.
+
+    Args:
+        graph: the network.
+        regions: one input set or b of them, each of size n.
+        rows: (b or 1, s, m) or (s, m) coefficients on the flattened output; the identity when
+            None.
+        method: a :class:`Method` or its name.
+        parameters: tensors that replace the graph's own; the result is differentiable in them.
+        max_memory: bytes that one backward pass may take.
+
+    Returns:
+        Interval (b, s) with ``lower <= rows . f(x) <= upper`` for all x of the region.
+
+    Raises:
+        SpecError: sizes that do not fit the network.
+
+    Soundness: in exact arithmetic; the certificate checker accounts for rounding.
+    """
+    batch = RegionBatch.of(regions, graph.dtype, graph.device)
+    if batch.lower.shape[1] != graph.input_size:
+        raise SpecError(
+            f"regions: got {batch.lower.shape[1]} inputs; the network has {graph.input_size}"
+        )
+    if rows is None:
+        rows = torch.eye(graph.output_size)
+    rows = rows.to(graph.device, graph.dtype)
+    rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
+    if rows.shape[2] != graph.output_size:
+        raise SpecError(
+            f"rows: got {rows.shape[2]} coefficients; the network has {graph.output_size} outputs"
+        )
+    both = torch.cat([rows, -rows], dim=1)
+    lower, negated = _row_bounds(graph, batch, both, Method.named(method), parameters, max_memory)[
+        0
+    ].chunk(2, dim=1)
+    return Interval(lower, -negated)
+
+
+def certified_margin(
+    graph: Graph,
+    properties: Property | Sequence[Property] | PropertyBatch,
+    *,
+    method: str | Method = Method.CROWN,
+    parameters: Mapping[str, Tensor] | None = None,
+    known: Mapping[str, Interval] | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+) -> MarginBounds:
+    """Lower bounds of each property's safety margin, differentiable in the weights.
+
+    Args:
+        graph: the network.
+        properties: one, several, or an already batched form (which fixes dtype and device).
+        method: a :class:`Method` or its name.
+        parameters: tensors that replace the graph's own.
+        known: intervals proved elsewhere for the same weights; intersected in.
+        max_memory: bytes that one backward pass may take.
+
+    Returns:
+        :class:`MarginBounds`.
+    """
+    if isinstance(properties, Property):
+        properties = (properties,)
+    batch = (
+        properties
+        if isinstance(properties, PropertyBatch)
+        else PropertyBatch.of(properties, graph.dtype, graph.device)
+    )
+    values, boxes = _row_bounds(
+        graph, batch.regions, batch.rows, Method.named(method), parameters, max_memory, known
+    )
+    values = values + batch.offset
+    return MarginBounds(batch.margins(values), values, boxes, batch)
+
+
+def _row_bounds(
+    graph: Graph,
+    regions: RegionBatch,
+    rows: Tensor,
+    method: Method,
+    parameters: Mapping[str, Tensor] | None,
+    max_memory: int,
+    known: Mapping[str, Interval] | None = None,
+) -> tuple[Tensor, dict[str, Interval]]:
+    boxes = bound_nodes(
+        graph,
+        regions,
+        parameters=parameters,
+        tighten=method is Method.CROWN,
+        known=known,
+        max_memory=max_memory,
+    )
+    shallow = method is Method.IBP
+    bound = bound_rows(graph, regions, boxes, rows, parameters=parameters, shallow=shallow)
+    return bound.lower, boxes

@@ -1,0 +1,176 @@
+"""Canonical JSON and bounded array encoding: the only parser of untrusted certificate text."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import gzip
+import hashlib
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from torch_prepared.errors import CertificateError
+
+__all__ = [
+    "ArrayReader",
+    "canonical",
+    "digest",
+    "encode_array",
+    "fields",
+    "read_json",
+    "write_json",
+]
+
+MAX_FILE_BYTES = 2**28
+MAX_ARRAY_BYTES = 2**30
+_DTYPES = {"bool", "int32", "int64", "float16", "float32", "float64"}
+_MAX_AXES = 8
+
+
+def canonical(value: object) -> bytes:
+    """The one JSON text of ``value``: sorted keys, no spaces, ASCII, no NaN.
+
+    Raises:
+        CertificateError: something that is not plain JSON data.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CertificateError(f"certificate: not plain JSON data ({error})") from error
+    return text.encode("ascii")
+
+
+def digest(value: object) -> str:
+    """SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def fields(value: object, names: tuple[str, ...], where: str) -> list[object]:
+    """Values of exactly these keys of a JSON object, in this order.
+
+    Raises:
+        CertificateError: not an object, or keys are missing or unknown.
+    """
+    if not isinstance(value, Mapping):
+        raise CertificateError(f"{where}: got {type(value).__name__}; expected an object")
+    if set(value) != set(names):
+        strange = sorted(set(value) ^ set(names))[0]
+        raise CertificateError(f"{where}: field {strange!r} is missing or unknown")
+    return [value[name] for name in names]
+
+
+def encode_array(array: np.ndarray) -> dict[str, object]:
+    """``{"dtype", "shape", "data"}`` with little-endian bytes, compressed, in base64.
+
+    Raises:
+        CertificateError: the dtype is not on the list of allowed ones.
+    """
+    if array.dtype.name not in _DTYPES:
+        raise CertificateError(f"array: dtype {array.dtype}; expected one of {sorted(_DTYPES)}")
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    data = base64.b64encode(zlib.compress(little.tobytes(), 6)).decode("ascii")
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+class ArrayReader:
+    """Decodes arrays within one budget of decompressed bytes."""
+
+    def __init__(self, budget: int = MAX_ARRAY_BYTES) -> None:
+        self._left = budget
+
+    def read(self, value: object, where: str) -> np.ndarray:
+        """The array, read-only.
+
+        Raises:
+            CertificateError: unknown dtype, bad shape, wrong length, or budget exceeded.
+        """
+        dtype, shape, data = fields(value, ("dtype", "shape", "data"), where)
+        if not isinstance(dtype, str) or dtype not in _DTYPES or not isinstance(data, str):
+            raise CertificateError(f"{where}: dtype {dtype!r}; expected one of {sorted(_DTYPES)}")
+        if not isinstance(shape, list) or len(shape) > _MAX_AXES:
+            raise CertificateError(f"{where}: shape is no list of at most {_MAX_AXES} sizes")
+        if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**31 for s in shape):
+            raise CertificateError(f"{where}: a size in shape is no integer from 0 to 2**31")
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > self._left:
+            raise CertificateError(
+                f"{where}: {size} more bytes than the {self._left} left of {MAX_ARRAY_BYTES}"
+            )
+        self._left -= size
+        raw = _inflate(data, size, where)
+        if dtype == "bool" and raw.strip(b"\x00\x01"):
+            raise CertificateError(f"{where}: a boolean is neither 0 nor 1")
+        array = np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<"))
+        array = array.astype(dtype, copy=False).reshape(shape)
+        array.setflags(write=False)
+        return array
+
+
+def _inflate(data: str, size: int, where: str) -> bytes:
+    """Exactly ``size`` decompressed bytes, never holding more than one byte beyond."""
+    stream = zlib.decompressobj()
+    try:
+        raw = stream.decompress(base64.b64decode(data, validate=True), size + 1)
+    except (binascii.Error, ValueError, zlib.error) as error:
+        raise CertificateError(f"{where}: data cannot be decoded ({error})") from error
+    if len(raw) != size or not stream.eof or stream.unused_data:
+        raise CertificateError(f"{where}: data does not hold exactly {size} bytes")
+    return raw
+
+
+def read_json(path: str | os.PathLike[str]) -> object:
+    """Parse a ``.json`` or ``.json.gz`` file of bounded size; NaN and repeated keys are refused.
+
+    Raises:
+        CertificateError: unreadable, too large or not strict JSON.
+    """
+    name = os.fspath(path)
+    try:
+        with gzip.open(name, "rb") if name.endswith(".gz") else Path(name).open("rb") as stream:
+            text = stream.read(MAX_FILE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CertificateError(f"{name}: cannot be read ({error})") from error
+    if len(text) > MAX_FILE_BYTES:
+        raise CertificateError(f"{name}: larger than {MAX_FILE_BYTES} bytes")
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CertificateError):
+            raise
+        raise CertificateError(f"{name}: not strict JSON ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise CertificateError("certificate: a key occurs twice in one object")
+    return result
+
+
+def _refuse_constant(text: str) -> object:
+    raise CertificateError(f"certificate: got {text}; expected finite numbers")
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write canonical JSON, compressed when the name ends in ``.gz``; all or nothing."""
+    target = Path(path)
+    text = canonical(value)
+    if target.name.endswith(".gz"):
+        text = gzip.compress(text, 6, mtime=0)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,204 @@
+"""Bounds over a batch of boxes: intervals forward, rows backward.
+
+:class:`Propagation` walks the network once, keeping for every value an enclosure and for every
+operator a relaxation. :meth:`Propagation.lower_bounds` substitutes rows backward through those
+relaxations (the CROWN bound) and takes the best over all cuts of the graph on its way, so that it
+is never worse than plain intervals with the last affine operators merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from torch_prepared.certify.network import CheckedNetwork
+from torch_prepared.certify.operators import Arithmetic, Enclosure, Operator, Relaxation, SlopePair
+from torch_prepared.certify.records import InputRecord
+from torch_prepared.certify.regions import bound_on_region
+from torch_prepared.certify.rounding import INFLATION, UNIT, BoolArray, FloatArray, sum_below
+
+__all__ = ["Bounds", "Propagation"]
+
+Bounds = tuple[FloatArray, FloatArray]
+"""Lower and upper ends, each (b, n)."""
+
+_ROW_BUDGET = 2**19  # scalars of one chunk of rows
+_FEWEST_ROWS = 16
+
+
+class Propagation:
+    """Enclosures and relaxations of one network on b boxes inside one region.
+
+    Args:
+        network: the operators.
+        region: the property's region, which contains nothing outside of its own box.
+        lower: (b, n) lower ends of the boxes.
+        upper: (b, n) upper ends.
+        known: bounds of some values that are already proved on these boxes.
+        tighten: names of values whose intervals are to be tightened by backward passes.
+        slopes: suggested slopes of relaxations by operator name.
+        arithmetic: how the network is evaluated.
+
+    Soundness: every enclosure holds for all x of box and region, in the chosen arithmetic, on
+    those boxes whose ``failed`` entry is False. On the others nothing is claimed.
+    """
+
+    def __init__(
+        self,
+        network: CheckedNetwork,
+        region: InputRecord,
+        lower: FloatArray,
+        upper: FloatArray,
+        *,
+        known: Mapping[str, Bounds],
+        tighten: Collection[str],
+        slopes: Mapping[str, SlopePair],
+        arithmetic: Arithmetic,
+    ) -> None:
+        self._network, self._region = network, region
+        self._relaxations: dict[str, Relaxation] = {}
+        self._readers = _count_readers(network)
+        self.enclosures = {network.input_name: Enclosure(lower, upper)}
+        self.failed: BoolArray = np.zeros(len(lower), dtype=np.bool_)
+        self._accept(network.input_name, (lower, upper), known)
+        if network.input_name in tighten:
+            self._tighten(network.input_name)
+        for operator in network.operators:
+            inputs = [self.enclosures[source] for source in operator.sources]
+            hints = slopes.get(operator.name, (None, None))
+            low, high, relaxation = operator.propagate(inputs, hints, arithmetic)
+            self._relaxations[operator.name] = relaxation
+            self._accept(operator.name, (low, high), known)
+            if operator.name in tighten:
+                self._tighten(operator.name)
+
+    def _accept(self, name: str, bounds: Bounds, known: Mapping[str, Bounds]) -> None:
+        """Store an enclosure, intersected with what is known; note where it is not finite.
+
+        Two proved intervals may cross only where box and region do not meet; there everything
+        holds, and the ends are merely put in order.
+        """
+        low, high = bounds
+        self.failed |= ~(np.isfinite(low) & np.isfinite(high)).all(axis=1)
+        if name in known:
+            low, high = np.maximum(low, known[name][0]), np.minimum(high, known[name][1])
+            low, high = np.minimum(low, high), np.maximum(low, high)
+            self.failed |= ~(np.isfinite(low) & np.isfinite(high)).all(axis=1)
+        self.enclosures[name] = Enclosure(low, high)
+
+    def _tighten(self, name: str) -> None:
+        """Intersect the enclosure of ``name`` with backward bounds of its contested entries."""
+        box = self.enclosures[name]
+        contested = np.zeros(box.lower.shape[1], dtype=np.bool_)
+        for reader in self._network.operators:
+            if name in reader.sources:
+                contested |= reader.contested(box)
+        entries = np.flatnonzero(contested)
+        low, high = box.lower.copy(), box.upper.copy()
+        step = max(_FEWEST_ROWS, _ROW_BUDGET // (2 * len(low) * self._workspace(name)))
+        for start in range(0, entries.size, step):
+            part = entries[start : start + step]
+            rows = np.zeros((1, 2 * part.size, low.shape[1]))
+            rows[0, np.arange(part.size), part] = 1.0
+            rows[0, np.arange(part.size) + part.size, part] = -1.0
+            bounds = self.lower_bounds(name, rows, np.zeros((1, 2 * part.size)))
+            low[:, part] = np.maximum(low[:, part], bounds[:, : part.size])
+            high[:, part] = np.minimum(high[:, part], -bounds[:, part.size :])
+        self._accept(name, (np.minimum(low, high), np.maximum(low, high)), {})
+
+    def _workspace(self, name: str) -> int:
+        """Scalars per row needed below ``name``."""
+        widest: int = self.enclosures[name].lower.shape[1]
+        for operator in self._network.operators:
+            widest = max(widest, operator.workspace)
+            if operator.name == name:
+                break
+        return widest
+
+    def lower_bounds(self, name: str, rows: FloatArray, constant: FloatArray) -> FloatArray:
+        """Lower bounds (b, r) of ``rows @ value + constant``; NaN where nothing is proved.
+
+        Args:
+            name: of the value.
+            rows: (b, r, n), or (1, r, n) for the same rows on all boxes.
+            constant: (b, r) or (1, r).
+        """
+        frontier = _Frontier(self.enclosures, rows, name, constant, self._readers)
+        operators = {operator.name: operator for operator in self._network.operators}
+        for current in reversed(list(operators)):
+            if current in frontier.rows:
+                frontier.measure()
+                self._substitute(operators[current], frontier)
+        frontier.measure()
+        at_input = frontier.rows.get(self._network.input_name)
+        if at_input is not None:
+            bound = bound_on_region(self._region, at_input, np.abs(at_input))
+            if bound is not None:
+                frontier.offer(sum_below(frontier.constant, bound))
+        finite = frontier.finite & ~self.failed[:, None] & np.isfinite(frontier.best)
+        return np.where(finite, frontier.best, np.nan)
+
+    def _substitute(self, operator: Operator, frontier: _Frontier) -> None:
+        """Replace the rows on an operator's output by rows on its inputs."""
+        rows, magnitude = frontier.take(operator.name)
+        pieces, gain = self._relaxations[operator.name].pull_back(rows, magnitude)
+        frontier.constant = sum_below(frontier.constant, gain)
+        for source, piece in zip(operator.sources, pieces, strict=True):
+            frontier.put(source, piece)
+
+
+class _Frontier:
+    """Invariant: target >= sum over v of ``rows[v] @ v`` + ``constant``, v ranging over a cut."""
+
+    def __init__(
+        self,
+        enclosures: Mapping[str, Enclosure],
+        rows: FloatArray,
+        name: str,
+        constant: FloatArray,
+        readers: Mapping[str, int],
+    ) -> None:
+        self._enclosures, self._readers = enclosures, readers
+        self.rows: dict[str, FloatArray] = {}
+        self._magnitudes: dict[str, FloatArray] = {}
+        self._bounds: dict[str, FloatArray] = {}
+        self.constant = constant
+        self.finite: BoolArray = np.ones((len(enclosures[name].lower), 1), dtype=np.bool_)
+        self.best: FloatArray = np.full((len(self.finite), rows.shape[1]), -np.inf)
+        self.put(name, rows)
+
+    def put(self, name: str, piece: FloatArray) -> None:
+        """Add rows on a value; the addition of two pieces costs one rounding per entry."""
+        box = self._enclosures[name]
+        if name in self.rows:
+            piece = self.rows[name] + piece
+        magnitude = np.abs(piece)
+        if self._readers[name] > 1:
+            rounding = 4.0 * UNIT * (magnitude @ box.reach[:, :, None])[:, :, 0] * INFLATION
+            self.constant = sum_below(self.constant, -rounding)
+        self.rows[name], self._magnitudes[name] = piece, magnitude
+        self._bounds[name] = box.concretize(piece, magnitude)
+        self.finite = self.finite & np.isfinite(self._bounds[name])
+
+    def take(self, name: str) -> tuple[FloatArray, FloatArray]:
+        """Remove and return the rows on a value, and their magnitudes."""
+        del self._bounds[name]
+        return self.rows.pop(name), self._magnitudes.pop(name)
+
+    def measure(self) -> None:
+        """Concretize at the present cut."""
+        self.offer(sum_below(self.constant, *self._bounds.values()))
+
+    def offer(self, bound: FloatArray) -> None:
+        """Keep the better bound; NaN stays."""
+        self.best = np.maximum(self.best, bound)
+
+
+def _count_readers(network: CheckedNetwork) -> dict[str, int]:
+    """How often each value is read; an operator reading a value twice counts twice."""
+    counts = {network.input_name: 0, **{operator.name: 0 for operator in network.operators}}
+    for operator in network.operators:
+        for source in operator.sources:
+            counts[source] += 1
+    return counts

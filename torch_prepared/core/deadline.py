@@ -1,0 +1,36 @@
+"""Wall-clock budgets that are passed down, never global."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+__all__ = ["Deadline"]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A point in time; ``Deadline(None)`` never comes."""
+
+    seconds: float | None = None
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since construction."""
+        return time.monotonic() - self.start
+
+    @property
+    def left(self) -> float:
+        """Seconds left, never negative; ``inf`` without a limit."""
+        return math.inf if self.seconds is None else max(0.0, self.seconds - self.elapsed)
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.left <= 0.0
+
+    def share(self, part: float) -> Deadline:
+        """A deadline after ``part`` of what is left."""
+        return Deadline(None if self.seconds is None else self.left * part)

@@ -1,0 +1,126 @@
+"""What every editor gets and gives. Editors claim; only the certificate checker certifies."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torch_prepared.bounds import PropertyBatch
+from torch_prepared.core.deadline import Deadline
+from torch_prepared.core.graph import Graph
+from torch_prepared.edit._behavior import Reference
+from torch_prepared.errors import SpecError
+from torch_prepared.specs import Property
+
+__all__ = ["Candidate", "EditOptions", "EditProblem", "Editor", "Norm"]
+
+
+class Norm(enum.Enum):
+    """Distance between the edited and the original network."""
+
+    L1 = "1"
+    L2 = "2"
+    LINF = "inf"
+    L1_PLUS_LINF = "1+inf"
+    BEHAVIOR = "behavior"
+
+    @classmethod
+    def named(cls, name: str | Norm) -> Norm:
+        """The norm called ``name``."""
+        try:
+            return cls(name)
+        except ValueError:
+            known = ", ".join(n.value for n in cls)
+            raise SpecError(f"norm: got {name!r}; expected one of {known}") from None
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """Choices that every editor understands.
+
+    Args:
+        norm: distance to minimize; None lets the editor choose.
+        margin: safety margin to aim at, in output units; None chooses one that survives rounding.
+        layers: names of the layers an edit may change; None lets the editor choose.
+        threads: CPU threads for solvers; None leaves the libraries' default.
+        seed: of everything random.
+    """
+
+    norm: Norm | None = None
+    margin: float | None = None
+    layers: tuple[str, ...] | None = None
+    threads: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EditProblem:
+    """One network, the properties its edit must have, and what should stay.
+
+    Args:
+        graph: the network with parameters as stored.
+        properties: all that must hold afterwards.
+        reference: inputs on which the behavior should stay.
+        options: choices.
+    """
+
+    graph: Graph
+    properties: tuple[Property, ...]
+    reference: Reference
+    options: EditOptions
+
+    @cached_property
+    def exact(self) -> Graph:
+        """The network in float64 on the CPU."""
+        return self.graph.to(torch.float64, "cpu")
+
+    @cached_property
+    def batch(self) -> PropertyBatch:
+        """The properties, batched, in float64."""
+        return PropertyBatch.of(self.properties)
+
+    def store(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters rounded to the dtype and moved to the device they are stored in."""
+        return {
+            name: value.detach().to(self.graph.parameters[name])
+            for name, value in parameters.items()
+        }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Changed parameters, as stored, that their editor believes to satisfy the properties.
+
+    Args:
+        parameters: by name.
+        note: one line for people.
+        tighten: values whose intervals the proof must tighten; None means all that help.
+        details: numbers for the report.
+    """
+
+    parameters: Mapping[str, Tensor]
+    note: str
+    tighten: tuple[str, ...] | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
+
+
+class Editor(ABC):
+    """A way to find edits. Yields ever new candidates until it has no better or time is up."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+        """Claimed edits, the first as soon as possible.
+
+        Raises:
+            InfeasibleEditError: no edit of this kind exists; the message names the properties that
+                contradict each other when they are known.
+        """

@@ -1,0 +1,129 @@
+"""What an edit does to a network's behavior on reference inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_prepared.core.graph import Graph
+from torch_prepared.errors import SpecError
+from torch_prepared.relax import evaluate_graph
+from torch_prepared.specs import Property
+
+__all__ = ["Drawdown", "Reference"]
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Drawdown:
+    """What was lost on the reference inputs, original against edited network.
+
+    Args:
+        agreement: share of inputs with the same largest output (None for a single output).
+        accuracy_before: share of right labels, when labels are known.
+        accuracy_after: likewise for the edited network.
+        distance: mean squared output change, the behavior distance.
+        relative: root of ``distance`` over the outputs' standard deviation on the reference.
+        largest: largest absolute output change.
+        samples: number of reference inputs.
+        source: ``"preserve"`` (the user's data), ``"domain"`` or ``"regions"`` (samples).
+    """
+
+    agreement: float | None
+    accuracy_before: float | None
+    accuracy_after: float | None
+    distance: float
+    relative: float
+    largest: float
+    samples: int
+    source: str
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """For ranking edits: decisions lost, then relative output change."""
+        lost = 0.0 if self.agreement is None else 1.0 - self.agreement
+        return lost, self.relative
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs (q, n) on which the network should stay as it is, with its outputs there (q, m)."""
+
+    inputs: Tensor
+    outputs: Tensor
+    labels: Tensor | None
+    source: str
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        inputs: Tensor | None,
+        labels: Tensor | None,
+        domain: tuple[Tensor, Tensor] | None,
+        properties: Sequence[Property],
+        seed: int,
+        samples: int = 1000,
+    ) -> Reference:
+        """The user's inputs, else samples of the stated domain, else samples of the regions."""
+        generator = torch.Generator().manual_seed(seed)
+        source = "preserve"
+        if inputs is None and domain is not None:
+            source = "domain"
+            low, high = domain
+            share = torch.rand(samples, graph.input_size, generator=generator, dtype=torch.float64)
+            inputs = low + (high - low) * share
+        elif inputs is None:
+            source = "regions"
+            each = max(1, samples // len(properties))
+            inputs = torch.cat([p.region.sample(each, generator) for p in properties])
+        inputs = inputs.reshape(len(inputs), -1).to(graph.dtype)
+        if not len(inputs) or inputs.shape[1] != graph.input_size:
+            raise SpecError(
+                f"reference inputs: got shape {tuple(inputs.shape)}; expected at least one input "
+                f"of {graph.input_size} numbers"
+            )
+        if not bool(torch.isfinite(inputs).all()):
+            raise SpecError("reference inputs: got NaN or infinite entries; expected finite ones")
+        if labels is not None and len(labels) != len(inputs):
+            raise SpecError(
+                f"reference labels: got {len(labels)} for {len(inputs)} inputs; expected one each"
+            )
+        return cls(inputs, _outputs(graph, inputs), labels, source)
+
+    def drawdown(self, graph: Graph) -> Drawdown:
+        """Compare ``graph`` with the original on these inputs."""
+        after = _outputs(graph, self.inputs)
+        change = (after - self.outputs).double()
+        spread = float(self.outputs.double().std(dim=0).square().sum()) if len(after) > 1 else 0.0
+        distance = float(change.square().sum(dim=1).mean())
+        agreement = before = now = None
+        if after.shape[1] > 1:
+            agreement = float((after.argmax(1) == self.outputs.argmax(1)).double().mean())
+            if self.labels is not None:
+                before = float((self.outputs.argmax(1) == self.labels).double().mean())
+                now = float((after.argmax(1) == self.labels).double().mean())
+        scale = max(spread, 1e-12 * max(1.0, float(self.outputs.double().square().mean())))
+        return Drawdown(
+            agreement=agreement,
+            accuracy_before=before,
+            accuracy_after=now,
+            distance=distance,
+            relative=(distance / scale) ** 0.5,
+            largest=float(change.abs().max()),
+            samples=len(after),
+            source=self.source,
+        )
+
+
+def _outputs(graph: Graph, inputs: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    with torch.no_grad():
+        parts = [
+            evaluate_graph(graph, part.to(graph.device), parameters).flatten(1).cpu()
+            for part in inputs.split(_CHUNK)
+        ]
+    return torch.cat(parts)

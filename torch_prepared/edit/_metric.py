@@ -1,0 +1,281 @@
+"""Metrics on weight space: how far apart two networks are.
+
+The behavior metric is ``M = damping I + R' R``, ``R' R`` being an unbiased sketch of the
+Gauss-Newton matrix ``J' J / q`` of the outputs on q reference inputs: one random direction
+``g ~ N(0, I)`` of the output per input gives one row ``g' J(x) / sqrt(q)``, and
+``E[(g' J)' (g' J)] = J' J``. With k rows all is done in k dimensions by the Woodbury identity; no
+p x p matrix exists. A row's part in a linear layer is an outer product of what the layer read and
+of the gradient at its output, and is kept as these two factors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_prepared.core.graph import Graph, Node, ParameterRef
+from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.relax import lookup
+from torch_prepared.relax.conv import pad_values, window
+
+__all__ = ["Metric", "behavior_metric", "euclidean_metric"]
+
+MAX_ROWS = 1000
+DENSE_BYTES = 1 << 30
+
+
+class _Block(ABC):
+    """Sketch rows restricted to one parameter: k matrices of the parameter's shape."""
+
+    name: str
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """Inner products of the rows (k, k)."""
+
+    @abstractmethod
+    def times(self, directions: Tensor) -> Tensor:
+        """Inner products with directions (m, *shape): (m, k)."""
+
+    @abstractmethod
+    def combine(self, weights: Tensor) -> Tensor:
+        """Sums of rows by weights (m, k): (m, *shape)."""
+
+
+@dataclass(frozen=True)
+class _OuterBlock(_Block):
+    """Rows ``outer[i] x inner[i]`` of a linear layer's weight, in the operator's layout."""
+
+    name: str
+    ref: ParameterRef
+    outer: Tensor
+    inner: Tensor
+    shape: torch.Size
+
+    def gram(self) -> Tensor:
+        return (self.outer @ self.outer.T) * (self.inner @ self.inner.T)
+
+    def times(self, directions: Tensor) -> Tensor:
+        table = {self.ref.name: directions}
+        return torch.stack(
+            [
+                ((self.outer @ _read(self.ref, d)) * self.inner).sum(dim=1)
+                for d in table[self.ref.name]
+            ]
+        )
+
+    def combine(self, weights: Tensor) -> Tensor:
+        made = [(self.outer * w[:, None]).T @ self.inner for w in weights]
+        return torch.stack([_unread(self.ref, m, self.shape) for m in made])
+
+
+@dataclass(frozen=True)
+class _DenseBlock(_Block):
+    """Rows (k, *shape) of any parameter, stored."""
+
+    name: str
+    rows: Tensor
+
+    def gram(self) -> Tensor:
+        flat = self.rows.flatten(1)
+        return flat @ flat.T
+
+    def times(self, directions: Tensor) -> Tensor:
+        return directions.flatten(1) @ self.rows.flatten(1).T
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return (weights @ self.rows.flatten(1)).reshape(len(weights), *self.rows.shape[1:])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``<a, b> = a' (damping I + R' R) b``; Euclidean when there are no sketch blocks.
+
+    Args:
+        vector: order of the parameters.
+        damping: positive weight of the Euclidean part.
+        blocks: the sketch R (k, p) by parameter.
+        factor: Cholesky factor (k, k) of ``damping I + R R'``.
+    """
+
+    vector: ParameterVector
+    damping: float
+    blocks: tuple[_Block, ...] = ()
+    factor: Tensor | None = None
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """``rows M^-1``: (m, p) to (m, p), by Woodbury."""
+        if self.factor is None or not len(rows):
+            return rows / self.damping
+        inner = torch.cholesky_solve(self._times(rows).T.to(self.factor.dtype), self.factor).T
+        parts = {block.name: block.combine(inner.float()) for block in self.blocks}
+        spread = torch.cat(
+            [
+                parts[name].flatten(1) if name in parts else rows.new_zeros(len(rows), s.numel())
+                for name, s in zip(self.vector.names, self.vector.shapes, strict=True)
+            ],
+            dim=1,
+        )
+        return (rows - spread.to(rows.dtype)) / self.damping
+
+    def norm_squared(self, delta: Tensor) -> float:
+        """``delta' M delta`` of a vector (p,)."""
+        value = self.damping * float(delta.square().sum())
+        if self.blocks:
+            value += float(self._times(delta[None]).double().square().sum())
+        return value
+
+    def _times(self, rows: Tensor) -> Tensor:
+        sizes = [shape.numel() for shape in self.vector.shapes]
+        parts = dict(zip(self.vector.names, rows.float().split(sizes, dim=1), strict=True))
+        shapes = dict(zip(self.vector.names, self.vector.shapes, strict=True))
+        total = rows.new_zeros(len(rows), 1, dtype=torch.float32)
+        for block in self.blocks:
+            total = total + block.times(parts[block.name].reshape(-1, *shapes[block.name]))
+        return total
+
+
+def euclidean_metric(vector: ParameterVector) -> Metric:
+    """The 2-norm."""
+    return Metric(vector, 1.0)
+
+
+def behavior_metric(
+    graph: Graph, vector: ParameterVector, reference: Reference, seed: int, damping: float
+) -> Metric:
+    """Gauss-Newton metric of the outputs on reference inputs.
+
+    Args:
+        graph: the original network; the sketch is computed in float32.
+        vector: which parameters move.
+        reference: inputs whose outputs should stay.
+        seed: of the random output directions.
+        damping: weight of the 2-norm, relative to the mean squared sketch entry per weight.
+
+    Returns:
+        A metric whose unit is the outputs' mean standard deviation on the reference.
+    """
+    single = graph.to(torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    total = len(reference.inputs)
+    count = min(total, MAX_ROWS, max(16, DENSE_BYTES // (4 * max(1, _dense_size(single, vector)))))
+    chosen = torch.randperm(total, generator=generator)[:count]
+    directions = torch.randn(count, graph.output_size, generator=generator)
+    spread = float(reference.outputs.float().std(dim=0).mean()) if total > 1 else 1.0
+    directions = directions / (max(spread, 1e-12) * count**0.5)
+    blocks = _sketch(single, vector, reference.inputs[chosen].float(), directions)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for block in blocks:
+        gram += block.gram().double()
+    absolute = max(damping * float(gram.diagonal().sum()) / vector.count, 1e-30)
+    gram.diagonal().add_(absolute)
+    return Metric(vector, absolute, tuple(blocks), torch.linalg.cholesky(gram))
+
+
+def _sketch(
+    graph: Graph, vector: ParameterVector, inputs: Tensor, directions: Tensor
+) -> list[_Block]:
+    """One backward pass for all rows: the gradient at every layer's output, by sample."""
+    values: dict[str, Tensor] = {graph.nodes[0].name: inputs.reshape(-1, *graph.input_shape)}
+    layers = [n for n in graph.nodes if any(r.name in vector.names for r in n.params.values())]
+    with torch.enable_grad():
+        for node in graph.nodes[1:]:
+            value = lookup(node.op).value(node, [values[i] for i in node.inputs], graph.parameters)
+            needs = node in layers and not value.requires_grad
+            values[node.name] = value.requires_grad_() if needs else value
+        response = (values[graph.nodes[-1].name].flatten(1) * directions).sum()
+        grads = torch.autograd.grad(response, [values[n.name] for n in layers])
+    found: dict[str, _Block] = {}
+    for node, gradient in zip(layers, grads, strict=True):
+        for block in _layer_blocks(graph, node, values[node.inputs[0]].detach(), gradient, vector):
+            earlier = found.get(block.name)
+            found[block.name] = block if earlier is None else _merge(earlier, block)
+    return list(found.values())
+
+
+def _layer_blocks(
+    graph: Graph, node: Node, x: Tensor, gradient: Tensor, vector: ParameterVector
+) -> list[_Block]:
+    blocks: list[_Block] = []
+    for role, ref in node.params.items():
+        if ref.name not in vector.names:
+            continue
+        shape = graph.parameters[ref.name].shape
+        if node.op == "linear" and role == "weight" and x.dim() == 2:
+            blocks.append(_OuterBlock(ref.name, ref, gradient, x, shape))
+            continue
+        if role == "weight":
+            rows = _weight_rows(graph, node, x, gradient)
+        else:
+            along = {"linear": gradient.dim() - 1}.get(node.op, 1)
+            axes = [a for a in range(1, gradient.dim()) if a != along]
+            rows = gradient.sum(dim=axes) if axes else gradient
+            if node.op == "scale":
+                rows = _scale_rows(graph, ref, x if role == "scale" else None, gradient)
+        blocks.append(_DenseBlock(ref.name, torch.stack([_unread(ref, r, shape) for r in rows])))
+    return blocks
+
+
+def _weight_rows(graph: Graph, node: Node, x: Tensor, gradient: Tensor) -> Tensor:
+    """Per-sample gradients (k, *weight shape) of a layer's weight."""
+    if node.op == "linear":
+        return torch.einsum("k...o,k...i->koi", gradient, x)
+    groups = int(node.attrs["groups"])  # type: ignore[arg-type]
+    weight = node.params["weight"].read(graph.parameters)
+    kernel, stride, dilation = tuple(weight.shape[2:]), window(node, "stride"), window(node, "dilation")
+    x = pad_values(x, window(node, "padding"))
+    if len(kernel) == 1:
+        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
+    columns = F.unfold(x, kernel, dilation=dilation, stride=stride)
+    columns = columns.reshape(len(x), groups, -1, columns.shape[-1])
+    by_group = gradient.reshape(len(x), groups, weight.shape[0] // groups, -1)
+    return torch.einsum("kgop,kgip->kgoi", by_group, columns).reshape(len(x), *weight.shape)
+
+
+def _scale_rows(graph: Graph, ref: ParameterRef, x: Tensor | None, gradient: Tensor) -> Tensor:
+    """Per-sample gradients of a broadcast factor or shift."""
+    made = gradient if x is None else gradient * x
+    shape = ref.read(graph.parameters).shape
+    return torch.stack([row.sum_to_size(shape) for row in made])
+
+
+def _merge(a: _Block, b: _Block) -> _Block:
+    """Rows of a parameter that two nodes read."""
+    count = len(a.outer if isinstance(a, _OuterBlock) else a.rows)  # type: ignore[attr-defined]
+    unit = torch.eye(count)
+    return _DenseBlock(a.name, a.combine(unit) + b.combine(unit))
+
+
+def _dense_size(graph: Graph, vector: ParameterVector) -> int:
+    """Scalars per sketch row that are stored without factoring."""
+    outer = {
+        n.params["weight"].name
+        for n in graph.nodes
+        if n.op == "linear" and len(n.shape) == 1 and "weight" in n.params
+    }
+    return sum(s.numel() for n, s in zip(vector.names, vector.shapes, strict=True) if n not in outer)
+
+
+def _read(ref: ParameterRef, value: Tensor) -> Tensor:
+    return ref.read({ref.name: value})
+
+
+def _unread(ref: ParameterRef, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverse of ``ref.read``: back to the stored layout."""
+    stored = torch.empty(shape).permute(ref.permute).shape if ref.permute else tuple(shape)
+    back = value.reshape(stored)
+    if ref.permute is not None:
+        inverse = [0] * len(ref.permute)
+        for position, axis in enumerate(ref.permute):
+            inverse[axis] = position
+        back = back.permute(inverse)
+    return back
+
+
+Parameters = Mapping[str, Tensor]

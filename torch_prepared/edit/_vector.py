@@ -1,0 +1,45 @@
+"""Editable parameters as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_prepared.core.graph import Graph
+
+__all__ = ["ParameterVector"]
+
+
+@dataclass(frozen=True)
+class ParameterVector:
+    """Order and shapes of the parameters an edit may change; p scalars together."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, graph: Graph, layers: tuple[str, ...] | None = None) -> ParameterVector:
+        """The editable parameters of ``layers``, or of all layers, in the graph's order."""
+        names: dict[str, None] = {}
+        for node in graph.nodes:
+            if layers is None or node.name in layers:
+                names.update((r.name, None) for r in node.params.values() if r.name in graph.editable)
+        order = tuple(names)
+        return cls(order, tuple(graph.parameters[name].shape for name in order))
+
+    @property
+    def count(self) -> int:
+        """Number of scalars, p."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    def flatten(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """One vector (p,)."""
+        return torch.cat([parameters[name].reshape(-1) for name in self.names])
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Tensors by name: views of a vector (p,)."""
+        parts = vector.split([shape.numel() for shape in self.shapes])
+        return {n: v.view(s) for n, v, s in zip(self.names, parts, self.shapes, strict=True)}

@@ -1,0 +1,47 @@
+"""Solvers of linear rows: one verb, :func:`solve`, and interchangeable solver objects."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch_prepared.solvers._base import (
+    LPSolver,
+    find_solver,
+    register_solver,
+    solve,
+    solver_names,
+)
+from torch_prepared.solvers._problem import LinearProgram, Norm, minimize_norm
+from torch_prepared.solvers._residuals import farkas_gap
+from torch_prepared.solvers._result import Solution, Status
+from torch_prepared.solvers.conic import ConicBackend, ConicSolver
+from torch_prepared.solvers.highs import HighsMethod, HighsSolver
+from torch_prepared.solvers.projection import DualProjection, gram_matrix, project
+
+__all__ = [
+    "ConicBackend",
+    "ConicSolver",
+    "DualProjection",
+    "HighsMethod",
+    "HighsSolver",
+    "LPSolver",
+    "LinearProgram",
+    "Norm",
+    "Solution",
+    "Status",
+    "farkas_gap",
+    "find_solver",
+    "gram_matrix",
+    "minimize_norm",
+    "project",
+    "register_solver",
+    "solve",
+    "solver_names",
+]
+
+register_solver("highs", HighsSolver)
+for _method in (HighsMethod.IPM, HighsMethod.SIMPLEX, HighsMethod.HIPO, HighsMethod.PDLP):
+    _name = f"highs-{_method.name.lower()}"
+    register_solver(_name, partial(HighsSolver, method=_method, name=_name))
+for _backend in ConicBackend:
+    register_solver(_backend.value.lower(), partial(ConicSolver, _backend))

@@ -1,0 +1,189 @@
+r"""Projection onto half-spaces through its dual, whose size is the number of rows.
+
+The step that editors need is ``min d @ M d / 2`` subject to ``J d >= q`` with millions of
+parameters d but few rows. Its dual needs only ``G = J M^{-1} J^T`` (m, m):
+
+``max over multipliers >= 0 of q @ multipliers - multipliers @ G multipliers / 2``,
+
+and ``d = M^{-1} J^T multipliers``, so that ``J d = G multipliers``. The dual is solved to high
+accuracy by proximal-point steps (each subtracts ``eps * |multipliers - last|^2 / 2``, which makes
+a singular G definite without biasing the limit: no ridge remains).
+
+Source: Rockafellar, "Monotone operators and the proximal point algorithm" (SIAM J. Control Optim.
+14, 1976); the parts are in ``_complementarity``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from torch_prepared.core.rows import Floats
+from torch_prepared.errors import SolverError
+from torch_prepared.solvers._complementarity import (
+    ProximalStep,
+    interior_point,
+    kkt_residual,
+)
+from torch_prepared.solvers._result import Status
+
+__all__ = ["DualProjection", "gram_matrix", "project"]
+
+_RESIDUAL_TOLERANCE = 1e-10  #: KKT residual at which the dual counts as solved
+_FARTHEST = 1e4  #: a step this many times longer than the way to one half-space: infeasible
+_LENGTH_NOISE = 2e-8  #: rounding of |J^T ray| relative to the sum of ray_i |J_i|
+_PROXIMITY = 1e-8  #: eps relative to a unit diagonal
+_STEP_LIMIT = 50
+
+
+@dataclass(frozen=True, eq=False)
+class DualProjection:
+    """Answer of :func:`project`.
+
+    Attributes:
+        multipliers: (m,) float64, nonnegative.
+        status: ``OPTIMAL``, ``INFEASIBLE`` (see ``ray``) or ``UNKNOWN``.
+        kkt_residual: largest entry of ``|min(u, Gu - q)|`` after scaling G to unit diagonal, over
+            the largest scaled q: bounds both the violation and the complementarity.
+        ray: (m,) Farkas ray when infeasible: nonnegative with ``q @ ray > 0`` and ``J^T ray`` zero
+            up to rounding. Any d with ``J d >= q`` is at least ``q @ ray / |J^T ray|`` long;
+            "infeasible" means that this exceeds 1e4 times the way to the farthest half-space.
+        distance: ``sqrt(multipliers @ G multipliers)``, the norm ``sqrt(d @ M d)`` of the step.
+    """
+
+    multipliers: Floats
+    status: Status
+    kkt_residual: float
+    ray: Floats | None
+    distance: float
+
+
+def gram_matrix(
+    jacobian: Tensor, inverse_metric: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``J M^{-1} J^T``, (m, m), in float64, made exactly symmetric.
+
+    Args:
+        jacobian: (m, p), any floating dtype and device.
+        inverse_metric: maps (m, p) to ``J M^{-1}`` row by row; the identity when None.
+    """
+    rows = jacobian.detach().to(torch.float64)
+    other = rows if inverse_metric is None else inverse_metric(rows)
+    gram = rows @ other.T
+    return 0.5 * (gram + gram.T)
+
+
+def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
+    """Multipliers of the projection of 0 onto ``{d : J d >= q}`` from ``G = J M^{-1} J^T``.
+
+    Args:
+        gram: (m, m) symmetric positive semidefinite, possibly singular; m up to a few thousand.
+        q: (m,) right-hand sides.
+
+    Returns:
+        Multipliers with their KKT residual. Numerical failure is ``UNKNOWN``, never an answer.
+
+    Raises:
+        SolverError: shapes that do not fit, NaN, a negative diagonal or an asymmetric matrix.
+
+    Example:
+        >>> result = project([[1.0, 0.0], [0.0, 4.0]], [1.0, -3.0])   # d_1 >= 1, 2 d_2 >= -3
+        >>> result.multipliers.tolist(), result.status.name
+        ([1.0, 0.0], 'OPTIMAL')
+    """
+    matrix, rhs = _checked(gram, q)
+    m = len(rhs)
+    norms = np.sqrt(np.diagonal(matrix))
+    zero = norms == 0.0
+    if bool((zero & (rhs > 0)).any()):
+        ray = np.where(zero & (rhs > 0), 1.0, 0.0)
+        return DualProjection(np.zeros(m), Status.INFEASIBLE, float("inf"), ray, float("inf"))
+    live = np.flatnonzero(~zero)
+    scale = 1.0 / norms[live]
+    target = rhs[live] * scale
+    size = float(target.max(initial=0.0))
+    if size <= 0.0:
+        return DualProjection(np.zeros(m), Status.OPTIMAL, 0.0, None, 0.0)
+    unit = matrix[np.ix_(live, live)] * scale[:, None] * scale
+    solution, status, residual, direction = _solve_unit(unit, target / size)
+    multipliers, ray = np.zeros(m), None
+    multipliers[live] = solution * scale * size
+    if status is Status.INFEASIBLE and direction is not None:
+        ray = np.zeros(m)
+        ray[live] = direction * scale
+    squared = float(multipliers @ (matrix @ multipliers))
+    distance = float("inf") if ray is not None else float(np.sqrt(max(squared, 0.0)))
+    return DualProjection(multipliers, status, residual, ray, distance)
+
+
+def _checked(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> tuple[Floats, Floats]:
+    matrix, rhs = _to_numpy(gram), _to_numpy(q)
+    if rhs.ndim != 1 or matrix.shape != (len(rhs), len(rhs)):
+        raise SolverError(f"project: got gram {matrix.shape}, q {rhs.shape}; expected (m, m), (m,)")
+    if not (bool(np.isfinite(matrix).all()) and bool(np.isfinite(rhs).all())):
+        raise SolverError("project: got NaN or infinite entries; expected finite rows and bounds")
+    largest = float(np.abs(matrix).max(initial=0.0))
+    if float(np.abs(matrix - matrix.T).max(initial=0.0)) > 1e-6 * largest:
+        raise SolverError("project: got an asymmetric Gram matrix; expected J M^-1 J^T")
+    if bool((np.diagonal(matrix) < 0.0).any()):
+        raise SolverError("project: got a negative diagonal; expected a positive metric")
+    return 0.5 * (matrix + matrix.T), rhs
+
+
+def _to_numpy(value: ArrayLike | Tensor) -> Floats:
+    if isinstance(value, Tensor):
+        return np.asarray(value.detach().to("cpu", torch.float64).numpy())
+    return np.asarray(value, dtype=np.float64)
+
+
+def _solve_unit(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats | None]:
+    """Solve with unit diagonal and ``max(q) == 1``: multipliers, status, residual, ray.
+
+    Pivoting from the violated rows settles most problems in a few factorizations. Where it cycles
+    (many nearly dependent rows) an interior-point run supplies a start that needs few pivots.
+    """
+    start = np.zeros_like(q)
+    first = _refine(gram, q, start, q > 0)
+    if first[1] is not Status.UNKNOWN:
+        return first
+    slow = interior_point(gram, q, lambda point: _is_ray(gram, q, point))
+    if _is_ray(gram, q, slow):
+        return start, Status.INFEASIBLE, 1.0, slow / slow.max()
+    second = _refine(gram, q, slow, slow > gram @ slow - q)
+    return second if second[2] <= first[2] else first
+
+
+def _refine(
+    gram: Floats, q: Floats, start: Floats, active: NDArray[np.bool_]
+) -> tuple[Floats, Status, float, Floats | None]:
+    """Proximal-point steps from ``start`` until the KKT residual is below the tolerance."""
+    best, last = start, start
+    best_residual = kkt_residual(gram, q, start)
+    step = ProximalStep(gram, q, _PROXIMITY, active)
+    for _ in range(_STEP_LIMIT):
+        point = step.solve(last)
+        if point is None:
+            break
+        ray = np.maximum(point - last, 0.0)
+        if _is_ray(gram, q, ray):
+            return best, Status.INFEASIBLE, best_residual, ray / ray.max()
+        residual = kkt_residual(gram, q, point)
+        if residual < best_residual or residual <= _RESIDUAL_TOLERANCE:
+            best, best_residual = point, residual
+        if best_residual <= _RESIDUAL_TOLERANCE:
+            break
+        last = point
+    status = Status.OPTIMAL if best_residual <= _RESIDUAL_TOLERANCE else Status.UNKNOWN
+    return best, status, best_residual, None
+
+
+def _is_ray(gram: Floats, q: Floats, ray: Floats) -> bool:
+    """Whether ``q @ ray`` exceeds ``|J^T ray|`` so far that no step of sensible length fits."""
+    length = float(np.sqrt(max(float(ray @ (gram @ ray)), 0.0)))
+    noise = _LENGTH_NOISE * float(ray.sum())
+    return float(q @ ray) > _FARTHEST * max(length, noise, np.finfo(np.float64).tiny)

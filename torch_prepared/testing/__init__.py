@@ -1,0 +1,1 @@
+"""Conformance suites that third parties inherit; importing a suite needs pytest and hypothesis."""
