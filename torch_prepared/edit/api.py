@@ -22,6 +22,7 @@ from torch_prepared.edit._certify import Certified, certify_network, prove
 from torch_prepared.edit._result import Attempt, Delta, EditReport, EditResult
 from torch_prepared.edit._source import Network, Source, read_network
 from torch_prepared.edit.one_shot import OneShotEditor
+from torch_prepared.edit.sequential import SequentialEditor
 from torch_prepared.errors import InfeasibleEditError, SpecError
 from torch_prepared.specs import Property
 
@@ -29,7 +30,10 @@ __all__ = ["EDITORS", "edit_network"]
 
 logger = logging.getLogger(__name__)
 
-EDITORS: dict[str, type[Editor]] = {"one_shot": OneShotEditor}
+EDITORS: dict[str, type[Editor]] = {
+    "one_shot": OneShotEditor,
+    "sequential": SequentialEditor,
+}
 
 
 def edit_network(
