@@ -140,3 +140,10 @@ def test_million_rows_are_built_without_loops() -> None:
     built = builder.build(k)
     assert built.entries == 3 * k
     assert built.violation(np.ones(k)).max() == 0.0
+
+
+def test_repeated_entries_are_summed_without_touching_the_input() -> None:
+    matrix = sp.csr_matrix((np.ones(2), np.zeros(2, dtype=int), np.array([0, 2])), shape=(1, 1))
+    rows = LinearRows(matrix, np.ones(1))
+    assert rows.entries == 1
+    assert matrix.nnz == 2

@@ -165,7 +165,7 @@ class LinearRows:
         matrix: (k, p) float64; a SciPy sparse matrix (stored as CSR) or a dense array. Neither
             form is ever turned into the other except by :meth:`stack` of mixed parts.
         rhs: (k,) float64, finite. A vacuous row is to be left out.
-        equal: (k,) bool; None means inequalities only.
+        equal: (k,) bool; left out means inequalities only.
 
     Raises:
         SolverError: shapes that do not fit, or an entry that is NaN or infinite.
@@ -173,18 +173,21 @@ class LinearRows:
 
     matrix: sp.csr_matrix | Floats
     rhs: Floats
-    equal: NDArray[np.bool_] = field(default=None)  # type: ignore[assignment]
+    equal: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def __post_init__(self) -> None:
         if sp.issparse(self.matrix):
             matrix = sp.csr_matrix(self.matrix, dtype=np.float64)
+            if not matrix.has_canonical_format:
+                matrix = matrix.copy()
+                matrix.sum_duplicates()
             entries: Floats = matrix.data
         else:
             matrix = entries = np.asarray(self.matrix, dtype=np.float64)
         rhs = np.asarray(self.rhs, dtype=np.float64)
-        equal = (
-            np.zeros(rhs.shape, dtype=bool) if self.equal is None else np.asarray(self.equal, bool)
-        )
+        equal = np.asarray(self.equal, dtype=bool)
+        if not equal.size:
+            equal = np.zeros(rhs.shape, dtype=bool)
         fits = matrix.ndim == 2 and rhs.ndim == 1 and equal.shape == rhs.shape
         if not fits or matrix.shape[0] != len(rhs):
             raise SolverError(
