@@ -347,6 +347,10 @@ def test_nan_weights_and_bad_regions_are_refused() -> None:
         box(np.array([np.nan, 0.0]), np.ones(2)),
         box(np.zeros(3), np.ones(3)),
         box(np.zeros(2), np.array([1.0, np.inf])),
+        InputRecord("v_polytope", np.zeros(2), np.ones(2), vertices=np.array([[0.0, 1.1]])),
+        InputRecord("lp_ball", np.zeros(2), np.ones(2), center=np.zeros(2), radius=-1.0, p=2.0),
+        InputRecord("lp_ball", np.zeros(2), np.ones(2), center=np.zeros(2), radius=1.0, p=3.0),
+        InputRecord("cone", np.zeros(2), np.ones(2)),
     ):
         prop = PropertyRecord(region, properties[0].clauses)
         with pytest.raises(CertificateError):

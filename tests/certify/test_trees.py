@@ -103,6 +103,30 @@ def test_a_missed_corner_is_not_certified() -> None:
         assert "lower bound" in result.per_property[0].reason
 
 
+@pytest.mark.parametrize("beside", [-1e-3, -1e-9, 0.0, 1e-9, 1e-3])
+@pytest.mark.parametrize("plane", [-0.7, 0.4])
+def test_no_gap_between_the_halves(plane: float, beside: float) -> None:
+    """A spike of violation next to a splitting plane is met by one of the halves."""
+    peak = np.float32(plane + beside)
+    net = NetBuilder((1,))
+    net.linear(1)
+    net.elementwise("abs")
+    net.linear(1)
+    net.weights["w1.weight"][:], net.weights["w1.bias"][:] = 1.0, -peak
+    net.weights["w3.weight"][:], net.weights["w3.bias"][:] = 1.0, -1e-12
+    record = net.record()
+    prop = row_property(box(-np.ones(1), np.ones(1)), np.ones((1, 1)))
+    assert margin_exactly(prop, evaluate_exactly(record, np.array([peak]))) < 0
+    tree = ProofTree(
+        np.array([0, 0, -1, -1, 0, -1, -1], dtype=np.int32),
+        np.array([plane, -0.9, 0, 0, 0.9, 0, 0]),
+        np.zeros((4, 1), dtype=np.int32),
+        np.zeros(7, dtype=np.bool_),
+    )
+    result = check_certificate(Certificate.create(record, [prop], [tree]), record, [prop])
+    assert result.status is Verdict.UNKNOWN
+
+
 def test_inherited_intervals_help_and_never_hurt() -> None:
     net = mlp((3, 12, 12, 12, 2), 5).record()
     region = box(-np.ones(3), np.ones(3))

@@ -45,6 +45,10 @@ def check_region(region: InputRecord, size: int, where: str) -> None:
             raise refuse(f"NaN or infinity in {key}", "finite numbers")
     if not np.all(region.lower <= region.upper):
         raise refuse("lower > upper somewhere", "lower <= upper")
+    if region.vertices is not None and region.kind == "v_polytope":
+        inside = (region.lower <= region.vertices) & (region.vertices <= region.upper)
+        if not inside.all():  # the leaves cover the box, so the hull must lie within
+            raise refuse("a vertex outside of its box", "vertices within [lower, upper]")
 
 
 def bound_on_region(
