@@ -5,7 +5,14 @@ import scipy.sparse as sp
 from torch_prepared.core.rows import LinearRows, Unknowns
 from torch_prepared.errors import SolverError
 from torch_prepared.solvers import LinearProgram, Status, minimize_norm, solve
-from torch_prepared.solvers._residuals import Claim, dual_bound, judge, max_violation
+from torch_prepared.solvers._residuals import (
+    Claim,
+    dual_bound,
+    farkas_gap,
+    judge,
+    max_violation,
+    with_ray,
+)
 
 
 def norm_problem(norm: str, weights: np.ndarray | None = None) -> tuple[LinearProgram, Unknowns]:
@@ -28,11 +35,12 @@ def test_objective_is_the_norm_of_the_deltas_alone(norm: str, weighted: bool) ->
     w = np.array([1.0, 3.0, 0.5, 2.0]) if weighted else np.ones(4)
     problem, unknowns = norm_problem(norm, w if weighted else None)
     result = solve(problem, threads=1)
-    assert result.status is Status.OPTIMAL and result.x is not None, result.message
+    assert result.status is Status.OPTIMAL, result.message
+    assert result.x is not None
     d = unknowns.split(result.x)["d"].ravel()
     assert result.objective == pytest.approx(value(norm, d, w), abs=1e-6)
     rng = np.random.default_rng(0)
-    matrix = problem.rows.matrix[:2, 2:6]
+    matrix = problem.rows.matrix[:2, 2:6] if norm in ("inf", "2") else problem.rows.matrix[:2, 6:10]
     matrix = matrix.toarray() if sp.issparse(matrix) else matrix
     for trial in rng.uniform(-3, 3, (4000, 4)):
         if (matrix @ trial >= [3.0, 2.0]).all():
@@ -121,3 +129,16 @@ def test_violation_counts_bounds_and_integrality() -> None:
     assert max_violation(problem, np.array([0.25, 0.5])) == pytest.approx(0.25)
     assert max_violation(problem, np.array([1.0, 1.5])) == pytest.approx(0.5)
     assert max_violation(problem, np.array([np.nan, 0.5])) == np.inf
+
+
+def test_wrong_infeasible_verdict_is_taken_back() -> None:
+    problem = square()
+    verdict = judge(problem, Claim(Status.INFEASIBLE, "claimed"), seconds=0.0, solver="t")
+    assert with_ray(problem, verdict, solve).status is Status.UNKNOWN
+
+
+def test_farkas_gap_rejects_what_proves_nothing() -> None:
+    problem = square()
+    assert farkas_gap(problem, np.array([1.0])) <= 0.0
+    assert farkas_gap(problem, np.array([np.nan])) == -np.inf
+    assert farkas_gap(problem, np.zeros(1)) == -np.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,9 +18,10 @@ from torch_prepared.core.rows import Block, Floats, RowBuilder, Unknowns
 from torch_prepared.errors import UnsupportedOperationError
 from torch_prepared.relax.conv import pad_values, window
 
-__all__ = ["EditedLayer", "Infimum"]
+__all__ = ["EditedLayer", "Infimum", "spread_bias"]
 
 Integers = NDArray[np.int64]
+Number = TypeVar("Number", np.float64, np.int64)
 MAX_TAPS = 40_000_000
 
 
@@ -42,8 +44,9 @@ class Infimum:
 class EditedLayer:
     """``y[out] = sum over taps of (w + d)[weight] h[inp]``, plus ``(b + d_b)``.
 
-    A tap is one multiplication of the layer; per (out, inp) there is at most one. ``signs`` fixes
-    where ``|w + d|`` is replaced by ``sign(w) (w + d)``: a cut that is exact until the sign flips.
+    A tap is one multiplication of the layer; per (out, inp) there is at most one. Where ``exact``
+    is False ``|w + d|`` is replaced by ``sign(w) (w + d)``: right until the sign flips, and wrong
+    (too optimistic) after that.
     """
 
     name: str
@@ -78,14 +81,22 @@ class EditedLayer:
         base = ref.read(graph.parameters).detach().double()
         columns = ref.read({ref.name: torch.from_numpy(deltas[ref.name].columns)})
         shape = graph.node(node.inputs[0]).shape
-        out, inp, weight = _linear_taps(node, shape, base) if node.op == "linear" else _conv_taps(node, shape, base)
+        out, inp, weight = (
+            _linear_taps(node, shape, base)
+            if node.op == "linear"
+            else _conv_taps(node, shape, base)
+        )
         bias, bias_column = np.zeros(node.size), np.full(node.size, -1, dtype=np.int64)
         bias_ref = node.params.get("bias")
         if bias_ref is not None:
-            bias = _spread(node, bias_ref.read(graph.parameters).detach().double().reshape(-1).numpy())
+            bias = spread_bias(
+                node, bias_ref.read(graph.parameters).detach().double().reshape(-1).numpy()
+            )
             if bias_ref.name in deltas:
                 index = torch.from_numpy(deltas[bias_ref.name].columns)
-                bias_column = _spread(node, bias_ref.read({bias_ref.name: index}).reshape(-1).numpy())
+                bias_column = spread_bias(
+                    node, bias_ref.read({bias_ref.name: index}).reshape(-1).numpy()
+                )
         flat = base.reshape(-1).numpy()
         return cls(
             node.name, node.inputs[0], out, inp, weight, flat, columns.reshape(-1).numpy(),
@@ -121,9 +132,13 @@ class EditedLayer:
         )
         wide = radius[inp] > 0
         row, value, inp, weight = row[wide], value[wide], inp[wide], weight[wide]
-        group, member, size = np.unique(row * len(center) + inp, return_inverse=True, return_counts=True)
+        group, member, size = np.unique(
+            row * len(center) + inp, return_inverse=True, return_counts=True
+        )
         alone = size[member] == 1
-        self._single(into, row[alone], value[alone], radius[inp[alone]], weight[alone], unknowns, builder)
+        self._single(
+            into, row[alone], value[alone], radius[inp[alone]], weight[alone], unknowns, builder
+        )
         self._several(into, group, member, ~alone, row, value, radius, weight, unknowns, builder)
 
     def _single(
@@ -180,7 +195,7 @@ class EditedLayer:
         into.entries.append((owner, block.columns, -radius[inp]))
 
 
-def _spread(node: Node, per_channel: NDArray) -> NDArray:  # type: ignore[type-arg]
+def spread_bias(node: Node, per_channel: NDArray[Number]) -> NDArray[Number]:
     """A bias by output scalar: last axis for linear, first axis for convolution."""
     copies = node.size // len(per_channel)
     return np.tile(per_channel, copies) if node.op == "linear" else np.repeat(per_channel, copies)
@@ -208,7 +223,7 @@ def _conv_taps(
     geometry = [kernel, window(node, "dilation"), window(node, "stride")]
     if d == 1:
         x, geometry = x.unsqueeze(2), [(1, g[0]) for g in geometry]
-    columns = F.unfold(x, geometry[0], dilation=geometry[1], stride=geometry[2])  # type: ignore[arg-type]
+    columns = F.unfold(x, geometry[0], dilation=geometry[1], stride=geometry[2])
     index = columns[0].round().long().numpy() - 1  # (i k..., positions), -1 marks padding
     taps, places = index.shape
     _check_taps(node, channels * (taps // groups) * places)

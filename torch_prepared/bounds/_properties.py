@@ -90,7 +90,9 @@ class PropertyBatch:
         """Position (b, k) in ``rows`` of each clause's best row; -1 for absent clauses."""
         best = self.clause_margins(values)
         mine = values.unsqueeze(-2) >= best.unsqueeze(-1)  # (b, k, s)
-        member = self.clause.unsqueeze(-2) == torch.arange(best.shape[-1], device=best.device)[:, None]
+        member = (
+            self.clause.unsqueeze(-2) == torch.arange(best.shape[-1], device=best.device)[:, None]
+        )
         return (mine & member).to(torch.int8).argmax(dim=-1).masked_fill(~self.present, -1)
 
     def outputs(self, y: Tensor) -> Tensor:

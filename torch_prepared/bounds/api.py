@@ -83,23 +83,16 @@ def compute_bounds(
         Interval (b, s) with ``lower <= rows . f(x) <= upper`` for all x of the region.
 
     Raises:
-        SpecError: sizes that do not fit the network.
+        SpecError: sizes that do not fit the network, or rows that are not finite.
 
-    Soundness: in exact arithmetic; the certificate checker accounts for rounding.
+    Soundness: in exact arithmetic; the certificate checker accounts for rounding. Where weights
+    overflow the bounds are NaN, which proves nothing.
     """
     batch = RegionBatch.of(regions, graph.dtype, graph.device)
-    if batch.lower.shape[1] != graph.input_size:
-        raise SpecError(
-            f"regions: got {batch.lower.shape[1]} inputs; the network has {graph.input_size}"
-        )
     if rows is None:
         rows = torch.eye(graph.output_size)
     rows = rows.to(graph.device, graph.dtype)
     rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
-    if rows.shape[2] != graph.output_size:
-        raise SpecError(
-            f"rows: got {rows.shape[2]} coefficients; the network has {graph.output_size} outputs"
-        )
     both = torch.cat([rows, -rows], dim=1)
     lower, negated = _row_bounds(graph, batch, both, Method.named(method), parameters, max_memory)[
         0
@@ -127,7 +120,11 @@ def certified_margin(
         max_memory: bytes that one backward pass may take.
 
     Returns:
-        :class:`MarginBounds`.
+        :class:`MarginBounds`. Where weights overflow the margin is NaN, which proves nothing.
+
+    Raises:
+        SpecError: no properties, regions of other sizes, or a known interval that holds NaN or
+            whose ends are out of order.
     """
     if isinstance(properties, Property):
         properties = (properties,)
@@ -143,6 +140,24 @@ def certified_margin(
     return MarginBounds(batch.margins(values), values, boxes, batch)
 
 
+def _check(
+    graph: Graph, regions: RegionBatch, rows: Tensor, known: Mapping[str, Interval]
+) -> None:
+    """Refuse misfits, NaN and crossed ends from outside; one look at the device in good cases."""
+    for what, got, expected in (
+        ("regions", regions.lower.shape[1], graph.input_size),
+        ("rows", rows.shape[2], graph.output_size),
+    ):
+        if got != expected:
+            raise SpecError(f"{what}: got {got} numbers; expected {expected}, as the network has")
+    good = [torch.isfinite(rows).all(), *((box.lower <= box.upper).all() for box in known.values())]
+    if bool(torch.stack(good).all()):
+        return
+    for name, box in known.items():
+        Interval.checked(box.lower, box.upper, f"known interval of '{name}'")
+    raise SpecError("rows: got NaN or infinite coefficients; expected finite ones")
+
+
 def _row_bounds(
     graph: Graph,
     regions: RegionBatch,
@@ -152,6 +167,7 @@ def _row_bounds(
     max_memory: int,
     known: Mapping[str, Interval] | None = None,
 ) -> tuple[Tensor, dict[str, Interval]]:
+    _check(graph, regions, rows, known or {})
     boxes = bound_nodes(
         graph,
         regions,

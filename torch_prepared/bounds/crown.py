@@ -9,6 +9,8 @@ Functions" (NeurIPS 2018); Xu et al., "Automatic Perturbation Analysis for Scala
 Robustness and Beyond" (NeurIPS 2020) for general graphs. Ours: bounds are evaluated at every cut of
 the graph, so the result is never worse than interval propagation from the same boxes; backward
 passes run for unstable scalars only, and in chunks under a memory budget.
+
+NaN (weights that overflow, say) is never dropped: a region whose intervals hold NaN gets NaN bounds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,15 +26,15 @@ from torch_prepared import ops
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
-from torch_prepared.relax import lookup
-from torch_prepared.relax._base import Parameters
+from torch_prepared.relax import ElementwiseOperator, lookup
+from torch_prepared.relax._base import Parameters, unit_rows
 from torch_prepared.relax.relu import TwoPiece
 
 __all__ = ["RowBound", "bound_nodes", "bound_rows", "tightened_names"]
 
 Boxes = Mapping[str, Interval]
 DEFAULT_MEMORY = 1 << 30
-_MIXING = ("linear", "conv", "avg_pool", "reduce_sum", "add")
+_MIXING = ("linear", "conv", "avg_pool", "max_pool", "reduce_sum", "add", "concat")
 
 
 class RowBound(NamedTuple):
@@ -59,12 +62,13 @@ def bound_rows(
     Args:
         graph: the network.
         regions: b input sets.
-        boxes: intervals of the values that nonlinear nodes read, from :func:`bound_nodes`.
+        boxes: intervals of every node's value, from :func:`bound_nodes`.
         rows: (b, s, m) or (1, s, m) coefficients on the flattened value of ``node``.
         node: name; the network's output when None.
         parameters: tensors that replace the graph's own.
         alphas: optimizable relaxation parameters by node, (b, s or 1, *input shape).
-        cuts: also evaluate over the intermediate boxes and keep the best.
+        cuts: also evaluate over the intermediate boxes and keep the best; then the bound is never
+            below the shallow one.
         shallow: stop at the first nonlinear values and use their boxes: interval propagation with
             the rows merged into the last affine nodes.
 
@@ -78,7 +82,18 @@ def bound_rows(
     spread = rows.expand(len(regions), *rows.shape[1:])
     pending = {target.name: spread.reshape(*spread.shape[:2], *target.shape)}
     const = spread.new_zeros(spread.shape[:2])
-    return _descend(graph, regions, boxes, pending, const, table, alphas, cuts, shallow)
+    found = _descend(graph, regions, boxes, dict(pending), const, table, alphas, cuts, shallow)
+    if not cuts or shallow or _is_chain(graph):
+        return found
+    # With branches the cuts met on the way need not include the first nonlinear values of all.
+    floor = _descend(graph, regions, boxes, pending, const, table, None, cuts=False, shallow=True)
+    return found._replace(lower=torch.maximum(found.lower, floor.lower))
+
+
+def _is_chain(graph: Graph) -> bool:
+    """Whether every node reads the one before it and nothing else."""
+    pairs = zip(graph.nodes, graph.nodes[1:], strict=False)
+    return all(node.inputs == (before.name,) for before, node in pairs)
 
 
 def _descend(
@@ -92,6 +107,7 @@ def _descend(
     cuts: bool,
     shallow: bool = False,
 ) -> RowBound:
+    """Pull ``pending`` rows (consumed) plus ``const`` back to the input."""
     best = None
     for node in reversed(graph.nodes):
         rows = pending.pop(node.name, None)
@@ -111,9 +127,7 @@ def _descend(
                 continue
             best = here if best is None else torch.maximum(best, here)
         alpha = None if alphas is None else alphas.get(node.name)
-        moved = operator.pull_back(
-            node, rows, [boxes[name] for name in node.inputs], table, alpha
-        )
+        moved = operator.pull_back(node, rows, [boxes[name] for name in node.inputs], table, alpha)
         if moved.bias is not None:
             const = const + moved.bias
         for name, part in zip(node.inputs, moved.inputs, strict=True):
@@ -131,6 +145,7 @@ def bound_nodes(
     tighten: bool = True,
     only: Collection[str] | None = None,
     known: Boxes | None = None,
+    every: bool = False,
     max_memory: int = DEFAULT_MEMORY,
 ) -> dict[str, Interval]:
     """An interval (b, *shape) for every node: interval arithmetic, tightened by backward passes.
@@ -142,6 +157,7 @@ def bound_nodes(
         tighten: run CROWN for the scalars that feed nonlinear nodes; False is plain IBP.
         only: names of the values to tighten; None means all that :func:`tightened_names` lists.
         known: intervals proved for larger regions or elsewhere; intersected in.
+        every: tighten stable scalars too. Nothing then depends on values, as ``vmap`` needs.
         max_memory: bytes that the rows of one backward pass may take.
 
     Returns:
@@ -149,9 +165,9 @@ def bound_nodes(
     """
     table = graph.parameters if parameters is None else {**graph.parameters, **parameters}
     readers = _nonlinear_readers(graph)
-    chosen = set(readers if only is None else only) if tighten else set()
-    if regions.is_box:
-        chosen &= set(tightened_names(graph))
+    chosen = set(tightened_names(graph, box=regions.is_box)) if tighten else set()
+    if only is not None:
+        chosen &= set(only)
     start = graph.nodes[0]
     boxes = {start.name: regions.box.map(lambda end: end.reshape(end.shape[0], *start.shape))}
     for node in graph.nodes[1:]:
@@ -159,17 +175,35 @@ def bound_nodes(
         if known is not None and node.name in known:
             box = box.intersect(known[node.name])
         if node.name in chosen:
-            box = _tighten(graph, regions, boxes, node, box, readers[node.name], table, max_memory)
+            order, counts = _all(box) if every else _unstable(box, readers[node.name])
+            box = _tighten(graph, regions, boxes, node, box, order, counts, table, max_memory)
         boxes[node.name] = box
     return boxes
 
 
-def tightened_names(graph: Graph) -> tuple[str, ...]:
-    """Values read by nonlinear nodes on which interval arithmetic over a box is not exact yet."""
-    mixing: dict[str, int] = {graph.nodes[0].name: 0}
+def tightened_names(graph: Graph, box: bool = True) -> tuple[str, ...]:
+    """Values that backward passes can tighten: read by nonlinear nodes, not exact already.
+
+    Left out are images of elementwise functions, as tight as what they are applied to, and for
+    regions that are boxes (``box``) values on which interval arithmetic is exact.
+    """
+    mixing: dict[str, int] = {graph.nodes[0].name: 0 if box else 1}
     for node in graph.nodes[1:]:
-        mixing[node.name] = max(mixing[name] for name in node.inputs) + (node.op in _MIXING)
-    return tuple(name for name in _nonlinear_readers(graph) if mixing[name] > 1)
+        mixing[node.name] = max(mixing[name] for name in node.inputs) + _mixes(node)
+    elementwise = {n.name for n in graph.nodes[1:] if isinstance(lookup(n.op), ElementwiseOperator)}
+    return tuple(
+        name
+        for name in _nonlinear_readers(graph)
+        if mixing[name] > 1 and name not in elementwise and name != graph.nodes[0].name
+    )
+
+
+def _mixes(node: Node) -> bool:
+    """Whether a scalar of the output may combine, or later meet again, several of the input."""
+    if node.op == "gather":
+        index = np.asarray(node.attrs["index"]).ravel()
+        return len(np.unique(index)) < len(index)
+    return node.op in _MIXING
 
 
 def _nonlinear_readers(graph: Graph) -> dict[str, tuple[Node, ...]]:
@@ -182,17 +216,20 @@ def _nonlinear_readers(graph: Graph) -> dict[str, tuple[Node, ...]]:
     return readers
 
 
-def _tighten(
-    graph: Graph,
-    regions: RegionBatch,
-    boxes: Boxes,
-    node: Node,
-    box: Interval,
-    readers: tuple[Node, ...],
-    table: Parameters,
-    max_memory: int,
-) -> Interval:
-    """Intersect ``box`` with backward bounds of the scalars some reader is nonlinear on."""
+def _all(box: Interval) -> tuple[Tensor, Tensor]:
+    """Positions (b, m) of every scalar of a value; all count."""
+    count = box.lower.shape[0]
+    size = box.lower.flatten(1).shape[1]
+    order = torch.arange(size, device=box.lower.device).expand(count, size)
+    return order, torch.ones_like(order, dtype=torch.bool)
+
+
+def _unstable(box: Interval, readers: tuple[Node, ...]) -> tuple[Tensor, Tensor]:
+    """Positions (b, k) of the scalars that some reader is nonlinear on, and which of them count.
+
+    Lists shorter than the longest are padded with scalars that do not count and stay as they are:
+    a region's bounds must not depend on the other regions of the batch.
+    """
     needed = torch.zeros_like(box.lower, dtype=torch.bool)
     for reader in readers:
         operator = lookup(reader.op)
@@ -200,10 +237,24 @@ def _tighten(
         needed |= ~stable
     needed = needed.flatten(1)
     width = int(needed.sum(dim=1).max()) if needed.numel() else 0
-    if width == 0:
-        return box
-    # Per region the needed scalars first; shorter lists are padded with scalars not needed.
     order = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    return order, needed.gather(1, order)
+
+
+def _tighten(
+    graph: Graph,
+    regions: RegionBatch,
+    boxes: Boxes,
+    node: Node,
+    box: Interval,
+    order: Tensor,
+    counts: Tensor,
+    table: Parameters,
+    max_memory: int,
+) -> Interval:
+    """Intersect the scalars ``order`` (b, k) of ``box`` that count with backward bounds."""
+    if not order.shape[1]:
+        return box
     lower, upper = box.lower.flatten(1), box.upper.flatten(1)
     parts = [
         _bound_scalars(graph, regions, boxes, node, part, table)
@@ -211,12 +262,11 @@ def _tighten(
     ]
     new_lower = torch.cat([part.lower for part in parts], dim=1)
     new_upper = torch.cat([part.upper for part in parts], dim=1)
-    tight = Interval(lower.gather(1, order), upper.gather(1, order)).intersect(
-        Interval(new_lower, new_upper)
-    )
+    old = Interval(lower.gather(1, order), upper.gather(1, order))
+    tight = old.intersect(Interval(new_lower, new_upper))
     return Interval(
-        lower.scatter(1, order, tight.lower).reshape(box.lower.shape),
-        upper.scatter(1, order, tight.upper).reshape(box.upper.shape),
+        lower.scatter(1, order, torch.where(counts, tight.lower, old.lower)).reshape_as(box.lower),
+        upper.scatter(1, order, torch.where(counts, tight.upper, old.upper)).reshape_as(box.upper),
     )
 
 
@@ -231,15 +281,19 @@ def _bound_scalars(
     graph: Graph, regions: RegionBatch, boxes: Boxes, node: Node, index: Tensor, table: Parameters
 ) -> Interval:
     """Backward bounds of the scalars ``index`` (b, k) of a node's flattened value."""
-    moved = lookup(node.op).select(node, index, [boxes[name] for name in node.inputs], table)
-    pending = {}
-    for name, part in zip(node.inputs, moved.inputs, strict=True):
-        both = torch.cat([part, -part], dim=1)
-        pending[name] = pending[name] + both if name in pending else both
-    bias = moved.bias
-    if bias is None:
-        bias = next(iter(pending.values())).new_zeros(index.shape)
-    const = torch.cat([bias, -bias], dim=1)
+    operator, like = lookup(node.op), boxes[node.inputs[0]].lower
+    pending: dict[str, Tensor] = {}
+    if operator.traits.affine:
+        moved = operator.select(node, index, [boxes[name] for name in node.inputs], table)
+        for name, part in zip(node.inputs, moved.inputs, strict=True):
+            both = torch.cat([part, -part], dim=1)
+            pending[name] = pending[name] + both if name in pending else both
+        bias = like.new_zeros(index.shape) if moved.bias is None else moved.bias
+        const = torch.cat([bias, -bias], dim=1)
+    else:  # the lower line is not the upper one: both signs go through the relaxation
+        units = unit_rows(index, node, like)
+        pending[node.name] = torch.cat([units, -units], dim=1)
+        const = like.new_zeros(index.shape[0], 2 * index.shape[1])
     found = _descend(graph, regions, boxes, pending, const, table, None, cuts=False).lower
     lower, negated = found.chunk(2, dim=1)
     return Interval(lower, -negated)

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_prepared.bounds._edited import EditedLayer, Infimum
+from torch_prepared.bounds._edited import EditedLayer, Infimum, spread_bias
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rows import Block, Floats, LinearRows, RowBuilder, Unknowns
@@ -83,7 +83,7 @@ class ParametricBounds:
     Args:
         graph: the network, any dtype; computed in float64.
         layer: name of the edited linear or convolution node.
-        biases: also let the biases of later layers change.
+        biases: also let the biases of later layers change, except those read anywhere else too.
         exact: flat mask of weights whose absolute value gets its own column; elsewhere the sign is
             taken as unchanged, which is valid only for weights that keep it. None means all.
 
@@ -102,22 +102,37 @@ class ParametricBounds:
 
     def __post_init__(self) -> None:
         self.graph = self.graph.to(torch.float64, "cpu")
-        node = self.graph.node(self.layer)
-        if self.layer not in editable_layers(self.graph):
+        layers = editable_layers(self.graph)
+        if self.layer not in layers:
             raise UnsupportedOperationError(
-                f"{self.layer}: got operator '{node.op}' with a shared or fixed weight; expected "
-                f"one of the editable layers: {', '.join(editable_layers(self.graph))}"
+                f"{self.layer}: got no layer of that name with a weight of its own that may change; "
+                f"expected one of the editable layers: {', '.join(layers) or 'none'}"
             )
+        node = self.graph.node(self.layer)
         self._after = self._dependents(node)
+        self._add_delta(node.params["weight"].name)
         for part in (node, *(n for n in self.graph.nodes if n.name in self._after)):
-            roles = ("weight", "bias") if part is node else ("bias",) if self.biases else ()
-            for role in roles:
-                ref = part.params.get(role)
-                if ref is None or ref.name not in self.graph.editable or ref.name in self.deltas:
-                    continue
-                shape = tuple(self.graph.parameters[ref.name].shape)
-                self.deltas[ref.name] = self.unknowns.add(f"d:{ref.name}", shape)
+            ref = part.params.get("bias")
+            if ref is None or not (part is node or self.biases):
+                continue
+            if ref.name in self.graph.editable and self._only_a_bias(ref.name):
+                self._add_delta(ref.name)
         self._edited = EditedLayer.build(self.graph, node, self.deltas, self.exact)
+
+    def _add_delta(self, name: str) -> None:
+        """Columns for the change of a stored parameter, in its stored shape."""
+        if name not in self.deltas:
+            shape = tuple(self.graph.parameters[name].shape)
+            self.deltas[name] = self.unknowns.add(f"d:{name}", shape)
+
+    def _only_a_bias(self, name: str) -> bool:
+        """Whether a parameter is read as a bias by the layer and layers after it, nowhere else."""
+        return all(
+            (reader.name == self.layer or reader.name in self._after)
+            and reader.op in ("linear", "conv")
+            and all(role == "bias" for role, ref in reader.params.items() if ref.name == name)
+            for reader in self.graph.readers(name)
+        )
 
     def _dependents(self, node: Node) -> set[str]:
         """Names of nodes after ``node`` whose value depends on it."""
@@ -155,9 +170,7 @@ class ParametricBounds:
         output, symbolic = self._propagate(boxes, tag)
         return self._new_bounds(output, symbolic, boxes, f"{tag}:output")
 
-    def _propagate(
-        self, boxes: Boxes, tag: str
-    ) -> tuple[AffineValue, dict[str, SymbolicBox]]:
+    def _propagate(self, boxes: Boxes, tag: str) -> tuple[AffineValue, dict[str, SymbolicBox]]:
         """The output as an affine value over frontier values, and the frontier's bounds."""
         values: dict[str, AffineValue] = {}
         symbolic: dict[str, SymbolicBox] = {}
@@ -219,14 +232,8 @@ class ParametricBounds:
         ref = node.params.get("bias")
         if ref is None or ref.name not in self.deltas:
             return empty
-        columns = torch.from_numpy(self.deltas[ref.name].columns)
-        columns = ref.read({ref.name: columns}).reshape(-1).numpy()
-        if node.op == "linear":
-            columns = np.tile(columns, node.size // len(columns))
-        elif node.op == "conv":
-            columns = np.repeat(columns, node.size // len(columns))
-        else:
-            raise UnsupportedOperationError(f"{node.name}: operator '{node.op}' has no plain bias")
+        stored = torch.from_numpy(self.deltas[ref.name].columns)
+        columns = spread_bias(node, ref.read({ref.name: stored}).reshape(-1).numpy())
         shape = (node.size, self.unknowns.count)
         return sp.csr_matrix((np.ones(node.size), (np.arange(node.size), columns)), shape=shape)
 
@@ -242,9 +249,14 @@ class ParametricBounds:
         name = node.inputs[0]
         if node.op == "max_pool" or not isinstance(lookup(node.op), ElementwiseOperator):
             return self._pool(node, values, symbolic, boxes, tag)
+        operator = lookup(node.op)
+        if not operator.traits.monotone:
+            raise UnsupportedOperationError(
+                f"{node.name}: operator '{node.op}' is not monotone; expected monotone ones after "
+                "the edited layer; edit a layer after it"
+            )
         low, high = self._new_bounds(values[name], symbolic, boxes, f"{tag}:{node.name}:in")
         reference = boxes[name].map(lambda end: end.detach().double().reshape(-1))
-        operator = lookup(node.op)
         below, above = operator.enclosing_lines(node, reference)  # type: ignore[attr-defined]
         out_low = self.unknowns.add(f"{tag}:{node.name}:low", (node.size,))
         out_high = self.unknowns.add(f"{tag}:{node.name}:high", (node.size,))
@@ -346,5 +358,7 @@ def _apply(matrix: sp.csr_matrix, value: AffineValue) -> AffineValue:
 def _add_wide(a: sp.csr_matrix, b: sp.csr_matrix) -> sp.csr_matrix:
     """Sum of matrices over the first columns of the same unknowns."""
     width = max(a.shape[1], b.shape[1])
-    grown = [sp.csr_matrix((m.data, m.indices, m.indptr), shape=(m.shape[0], width)) for m in (a, b)]
+    grown = [
+        sp.csr_matrix((m.data, m.indices, m.indptr), shape=(m.shape[0], width)) for m in (a, b)
+    ]
     return grown[0] + grown[1]

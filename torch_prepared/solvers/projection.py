@@ -93,16 +93,17 @@ def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
 
     Example:
         >>> result = project([[1.0, 0.0], [0.0, 4.0]], [1.0, -3.0])   # d_1 >= 1, 2 d_2 >= -3
-        >>> result.multipliers.tolist(), result.status.name
+        >>> result.multipliers.round(12).tolist(), result.status.name
         ([1.0, 0.0], 'OPTIMAL')
     """
     matrix, rhs = _checked(gram, q)
     m = len(rhs)
     norms = np.sqrt(np.diagonal(matrix))
     zero = norms == 0.0
-    if bool((zero & (rhs > 0)).any()):
-        ray = np.where(zero & (rhs > 0), 1.0, 0.0)
-        return DualProjection(np.zeros(m), Status.INFEASIBLE, float("inf"), ray, float("inf"))
+    stuck = zero & (rhs > 0)
+    if bool(stuck.any()):
+        inf, which = float("inf"), stuck.astype(np.float64)
+        return DualProjection(np.zeros(m), Status.INFEASIBLE, inf, which, inf)
     live = np.flatnonzero(~zero)
     scale = 1.0 / norms[live]
     target = rhs[live] * scale
@@ -111,7 +112,8 @@ def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
         return DualProjection(np.zeros(m), Status.OPTIMAL, 0.0, None, 0.0)
     unit = matrix[np.ix_(live, live)] * scale[:, None] * scale
     solution, status, residual, direction = _solve_unit(unit, target / size)
-    multipliers, ray = np.zeros(m), None
+    multipliers = np.zeros(m)
+    ray: Floats | None = None
     multipliers[live] = solution * scale * size
     if status is Status.INFEASIBLE and direction is not None:
         ray = np.zeros(m)

@@ -1,0 +1,182 @@
+"""Branch and bound over a region: sub-boxes that are proved drop out, the rest is halved.
+
+The tree outlives a change of weights: after an edit all leaves are bounded again, those that still
+hold stay closed and the others are open once more, so nothing is explored twice.
+
+Source: Bunel et al., "Branch and Bound for Piecewise Linear Neural Network Verification" (JMLR
+2020). The splitting rule, the coordinate with the largest ``|a_j| width_j`` in the best linear
+bound, follows Wang et al., "Formal Security Analysis of Neural Networks using Symbolic Intervals"
+(USENIX Security 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_prepared.bounds._properties import PropertyBatch
+from torch_prepared.core.deadline import Deadline
+from torch_prepared.core.interval import Interval
+
+__all__ = ["LeafBounds", "LeafEngine", "SplitTree"]
+
+FIRST_CAPACITY = 1024
+
+
+@dataclass(frozen=True)
+class LeafBounds:
+    """Bounds of output rows over boxes: ``values`` (b, s) and the input rows (b, s, n) behind."""
+
+    values: Tensor
+    inputs: Tensor
+
+
+LeafEngine = Callable[[Interval], LeafBounds]
+"""Bounds every output row of one property over each of a batch of boxes (b, n)."""
+
+
+class SplitTree:
+    """Binary splits of one property's bounding box, with what is known of every leaf.
+
+    Args:
+        batch: exactly one property.
+        slack: a leaf counts as proved when every clause has a row above this; positive, to leave
+            room for rounding in the engine and in the checker's own arithmetic.
+    """
+
+    def __init__(self, batch: PropertyBatch, slack: float = 0.0) -> None:
+        self.batch = batch
+        self.slack = slack
+        n, k = batch.regions.lower.shape[1], batch.present.shape[1]
+        self.count = 1
+        self._lower = np.zeros((FIRST_CAPACITY, n))
+        self._upper = np.zeros((FIRST_CAPACITY, n))
+        self._lower[0] = batch.regions.lower[0].double().cpu().numpy()
+        self._upper[0] = batch.regions.upper[0].double().cpu().numpy()
+        self._dim = np.full(FIRST_CAPACITY, -1, dtype=np.int64)
+        self._left = np.zeros(FIRST_CAPACITY, dtype=np.int64)
+        self._rows = np.zeros((FIRST_CAPACITY, k), dtype=np.int64)
+        self._margin = np.full(FIRST_CAPACITY, -np.inf)
+        self._axis = np.zeros(FIRST_CAPACITY, dtype=np.int64)
+
+    @property
+    def leaves(self) -> NDArray[np.int64]:
+        """Positions of all leaves."""
+        return np.flatnonzero(self._dim[: self.count] < 0)
+
+    @property
+    def open(self) -> NDArray[np.int64]:
+        """Positions of the leaves that are not proved, largest first in creation order."""
+        dim, margin = self._dim[: self.count], self._margin[: self.count]
+        return np.flatnonzero((dim < 0) & ~(margin > self.slack))
+
+    @property
+    def proved(self) -> bool:
+        """Whether every leaf is."""
+        return not len(self.open)
+
+    def boxes(self, leaves: NDArray[np.int64]) -> Interval:
+        """Boxes (b, n) of nodes, float64."""
+        return Interval(
+            torch.from_numpy(self._lower[leaves]), torch.from_numpy(self._upper[leaves])
+        )
+
+    def margins(self, leaves: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Last lower bound of the safety margin of nodes; ``-inf`` where never bounded."""
+        return self._margin[leaves]
+
+    def volume(self, leaves: NDArray[np.int64]) -> float:
+        """Share of the region's volume (of its nondegenerate coordinates) in these leaves."""
+        width = self._upper[0] - self._lower[0]
+        wide = width > 0
+        shares = (self._upper[leaves][:, wide] - self._lower[leaves][:, wide]) / width[wide]
+        return float(shares.prod(axis=1).sum())
+
+    def bound(self, engine: LeafEngine, leaves: NDArray[np.int64], chunk: int) -> None:
+        """Bound leaves anew and remember their margins, best rows and splitting axes."""
+        for part in np.array_split(leaves, max(1, -(-len(leaves) // chunk))):
+            if not len(part):
+                continue
+            box = self.boxes(part)
+            found = engine(box)
+            batch = _repeat(self.batch, len(part))
+            values = found.values.double().cpu() + batch.offset
+            margin = batch.margins(values)
+            margin[torch.isnan(values).any(dim=1)] = -torch.inf
+            rows = batch.best_rows(values)
+            worst = batch.clause_margins(values).argmin(dim=1)
+            row = rows.gather(1, worst[:, None])
+            lines = found.inputs[torch.arange(len(part)), row[:, 0]].abs().double().cpu()
+            width = box.width
+            gain = torch.where(width > 0, lines * width + 1e-12 * width, -1.0)
+            self._margin[part] = margin.numpy()
+            self._rows[part] = rows.numpy()
+            self._axis[part] = gain.argmax(dim=1).numpy()
+
+    def split(self, leaves: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Halve leaves along their axes; returns the children that could be made."""
+        axis = self._axis[leaves]
+        low, high = self._lower[leaves, axis], self._upper[leaves, axis]
+        middle = low + (high - low) / 2
+        thick = (middle > low) & (middle < high)
+        leaves, axis, middle = leaves[thick], axis[thick], middle[thick]
+        first = self.count
+        self._reserve(2 * len(leaves))
+        left = first + 2 * np.arange(len(leaves))
+        self._dim[leaves], self._left[leaves] = axis, left
+        for side, array, kept in ((left, self._upper, self._lower), (left + 1, self._lower, self._upper)):
+            array[side], kept[side] = array[leaves], kept[leaves]
+            array[side, axis] = middle
+            self._dim[side], self._margin[side] = -1, -np.inf
+        return np.concatenate([left, left + 1])
+
+    def links(self) -> tuple[NDArray[np.int64], ...]:
+        """``(split_dim, split_value, left, right, rows)`` by node, for a proof tree."""
+        dim, left = self._dim[: self.count], self._left[: self.count]
+        inner = dim >= 0
+        value = np.zeros(self.count)
+        value[inner] = self._upper[left[inner], dim[inner]]
+        return dim, value, left, np.where(inner, left + 1, 0), self._rows[: self.count]
+
+    def grow(
+        self, engine: LeafEngine, deadline: Deadline, max_leaves: int, chunk: int = 4096
+    ) -> Iterator[int]:
+        """Bound and split breadth first until proved or out of budget; yields leaves bounded."""
+        done = 0
+        queue = self.open
+        fresh = queue[~np.isfinite(self._margin[queue])]
+        known = queue[np.isfinite(self._margin[queue])]
+        queue = np.concatenate([fresh, self.split(known)])
+        while len(queue) and done < max_leaves and not deadline.over:
+            part, queue = queue[:chunk], queue[chunk:]
+            self.bound(engine, part, chunk)
+            done += len(part)
+            yield done
+            failing = part[~(self._margin[part] > self.slack)]
+            queue = np.concatenate([queue, self.split(failing)])
+
+    def _reserve(self, extra: int) -> None:
+        self.count += extra
+        size = len(self._dim)
+        if self.count <= size:
+            return
+        more = max(size, self.count - size)
+        for name in ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis"):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
+
+
+def _repeat(batch: PropertyBatch, count: int) -> PropertyBatch:
+    """One property, ``count`` times, without its regions."""
+    return PropertyBatch(
+        batch.regions,
+        batch.rows.expand(count, -1, -1),
+        batch.offset.expand(count, -1).double().cpu(),
+        batch.clause.expand(count, -1).cpu(),
+        batch.present.expand(count, -1).cpu(),
+    )
