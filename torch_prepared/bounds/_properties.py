@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.core.rounding import outward
 from torch_prepared.errors import SpecError
 from torch_prepared.specs import Property
 
@@ -75,9 +76,17 @@ class PropertyBatch:
             self.present[index],
         )
 
+    def to(self, dtype: torch.dtype) -> PropertyBatch:
+        """The batch in another floating dtype, boxes rounded outward."""
+        box = outward(self.regions.lower, self.regions.upper, dtype)
+        regions = RegionBatch(box.lower, box.upper, self.regions.sets)
+        return PropertyBatch(
+            regions, self.rows.to(dtype), self.offset.to(dtype), self.clause, self.present
+        )
+
     def clause_margins(self, values: Tensor) -> Tensor:
         """Best row of each clause: row values (..., b, s) to (..., b, k); absent clauses +inf."""
-        spread = self.clause.expand_as(values)
+        spread = self.clause.expand_as(values)  # one property serves any number of value rows
         start = values.new_full((*values.shape[:-1], self.present.shape[1]), -torch.inf)
         best = start.scatter_reduce(-1, spread, values, "amax", include_self=True)
         return best.masked_fill(~self.present, torch.inf)

@@ -17,7 +17,7 @@ from torch_prepared.core.interval import Interval
 from torch_prepared.errors import SpecError
 from torch_prepared.specs import InputSet, Property
 
-__all__ = ["Method", "MarginBounds", "compute_bounds", "certified_margin"]
+__all__ = ["MarginBounds", "Method", "certified_margin", "compute_bounds"]
 
 
 class Method(enum.Enum):
@@ -140,9 +140,7 @@ def certified_margin(
     return MarginBounds(batch.margins(values), values, boxes, batch)
 
 
-def _check(
-    graph: Graph, regions: RegionBatch, rows: Tensor, known: Mapping[str, Interval]
-) -> None:
+def _check(graph: Graph, regions: RegionBatch, rows: Tensor, known: Mapping[str, Interval]) -> None:
     """Refuse misfits, NaN and crossed ends from outside; one look at the device in good cases."""
     for what, got, expected in (
         ("regions", regions.lower.shape[1], graph.input_size),

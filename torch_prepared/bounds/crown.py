@@ -10,7 +10,7 @@ Robustness and Beyond" (NeurIPS 2020) for general graphs. Ours: bounds are evalu
 the graph, so the result is never worse than interval propagation from the same boxes; backward
 passes run for unstable scalars only, and in chunks under a memory budget.
 
-NaN (weights that overflow, say) is never dropped: a region whose intervals hold NaN gets NaN bounds.
+NaN (from weights that overflow, say) is never dropped: a region whose intervals hold NaN gets NaN.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def _chunks(graph: Graph, order: Tensor, item: int, max_memory: int) -> Iterator
     """Split columns so that one backward pass keeps within the memory budget."""
     largest = max(n.size for n in graph.nodes)
     per_column = 2 * 4 * order.shape[0] * largest * item  # both ends; rows, parts, temporaries
-    yield from order.split(max(1, max_memory // max(per_column, 1)), dim=1)
+    yield from torch.split(order, max(1, max_memory // max(per_column, 1)), dim=1)
 
 
 def _bound_scalars(

@@ -8,8 +8,8 @@ radius r, and for *every* weight w
 
 which is linear in (w, t) once ``t >= w`` and ``t >= -w``. This is exact, where a relaxation over a
 range of weights would be loose, and the columns t do not depend on the region, so any number of
-regions share them. Later bounds are columns u, l tied by rows ``u' >= M+ u + M- l + const + d_bias``
-and, at an activation, ``u' >= above_k(u)``, ``l' <= below_k(l)`` with lines valid on all reals.
+regions share them. Later bounds are columns u, l tied by rows
+``u' >= M+ u + M- l + const + d_bias`` and, at an activation, ``u' >= above_k(u)``, ``l' <= below_k(l)`` with lines valid on all reals.
 Affine nodes between activations are composed before they are bounded, and so is a property's row,
 so residual sums and the last layer lose nothing.
 
@@ -17,7 +17,7 @@ Two unknowns are never multiplied: such a choice of layers is refused.
 
 Source: Tao and Thakur, "Provable Editing of Deep Neural Networks using Parametric Linear
 Relaxation" (NeurIPS 2024). Ours: center/radius columns shared by all regions (the paper has a pair
-of columns per weight and region), composition of affine nodes, general lines for smooth activations.
+of columns per weight and region), composition of affine nodes, lines for smooth activations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from torch_prepared.bounds._edited import EditedLayer, Infimum, spread_bias
 from torch_prepared.core.graph import Graph, Node
@@ -105,7 +104,7 @@ class ParametricBounds:
         layers = editable_layers(self.graph)
         if self.layer not in layers:
             raise UnsupportedOperationError(
-                f"{self.layer}: got no layer of that name with a weight of its own that may change; "
+                f"{self.layer}: got no layer of that name whose weight is its own and editable; "
                 f"expected one of the editable layers: {', '.join(layers) or 'none'}"
             )
         node = self.graph.node(self.layer)

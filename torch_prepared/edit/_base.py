@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.bounds import PropertyBatch
+from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._behavior import Reference
@@ -102,12 +103,16 @@ class Candidate:
         parameters: by name.
         note: one line for people.
         tighten: values whose intervals the proof must tighten; None means all that help.
+        proofs: one proof tree per property; None lets the driver find single-leaf proofs.
+        editor: name of the editor that made it; empty means the one that was asked.
         details: numbers for the report.
     """
 
     parameters: Mapping[str, Tensor]
     note: str
     tighten: tuple[str, ...] | None = None
+    proofs: tuple[ProofTree, ...] | None = None
+    editor: str = ""
     details: Mapping[str, float] = field(default_factory=dict)
 
 

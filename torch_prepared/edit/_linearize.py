@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ class Linearization:
     """Row margins ``value`` (m,) at a point and, for the rows asked for, their gradients.
 
     Args:
-        value: certified lower bound of every required row.
+        value: certified lower bound of every required row, float64.
         rows: (k,) positions whose gradients are known.
-        jacobian: (k, p).
+        jacobian: (k, p), float32.
     """
 
     value: Tensor
@@ -41,24 +42,29 @@ class MarginFunction:
     batch: PropertyBatch
     vector: ParameterVector
 
+    @cached_property
+    def _single(self) -> tuple[Graph, PropertyBatch]:
+        """The network and properties in float32, enough for directions."""
+        return self.graph.to(torch.float32), self.batch.to(torch.float32)
+
     def value(self, theta: Tensor) -> Tensor:
         """Margins at ``theta``, all clauses of all properties, (m,)."""
         with torch.no_grad():
-            return self._margins(theta)
+            return self._margins(self.graph, self.batch, theta)
 
     def linearize(self, theta: Tensor, near: float) -> Linearization:
         """Margins, and gradients of those below ``near`` in one batched backward pass."""
-        point = theta.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            margins = self._margins(point)
-        value = margins.detach()
+        value = self.value(theta)
         rows = (value < near).nonzero().flatten()
         if not len(rows):
             return Linearization(value, rows, theta.new_zeros(0, len(theta)))
-        units = torch.nn.functional.one_hot(rows, len(value)).to(value)
+        point = theta.detach().float().requires_grad_()
+        with torch.enable_grad():
+            margins = self._margins(*self._single, point)
+        units = torch.nn.functional.one_hot(rows, len(value)).to(margins)
         (jacobian,) = torch.autograd.grad(margins, point, units, is_grads_batched=True)
         return Linearization(value, rows, jacobian)
 
-    def _margins(self, theta: Tensor) -> Tensor:
-        bound = certified_margin(self.graph, self.batch, parameters=self.vector.split(theta))
-        return self.batch.clause_margins(bound.rows)[self.batch.present]
+    def _margins(self, graph: Graph, batch: PropertyBatch, theta: Tensor) -> Tensor:
+        bound = certified_margin(graph, batch, parameters=self.vector.split(theta))
+        return batch.clause_margins(bound.rows)[batch.present]

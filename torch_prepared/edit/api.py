@@ -21,7 +21,9 @@ from torch_prepared.edit._behavior import Drawdown, Reference
 from torch_prepared.edit._certify import Certified, certify_network, prove
 from torch_prepared.edit._result import Attempt, Delta, EditReport, EditResult
 from torch_prepared.edit._source import Network, Source, read_network
+from torch_prepared.edit.auto import AutoEditor
 from torch_prepared.edit.one_shot import OneShotEditor
+from torch_prepared.edit.refine import RefineEditor
 from torch_prepared.edit.sequential import SequentialEditor
 from torch_prepared.errors import InfeasibleEditError, SpecError
 from torch_prepared.specs import Property
@@ -31,8 +33,10 @@ __all__ = ["EDITORS", "edit_network"]
 logger = logging.getLogger(__name__)
 
 EDITORS: dict[str, type[Editor]] = {
+    "auto": AutoEditor,
     "one_shot": OneShotEditor,
     "sequential": SequentialEditor,
+    "refine": RefineEditor,
 }
 
 
@@ -40,7 +44,7 @@ def edit_network(
     model: Network,
     properties: Property | Sequence[Property],
     *,
-    method: str = "one_shot",
+    method: str = "auto",
     preserve: Tensor | None = None,
     labels: Tensor | None = None,
     domain: tuple[Tensor | float, Tensor | float] | None = None,
@@ -142,7 +146,7 @@ class _Run:
                 self._spend("edit", clock)
                 if candidate is None:
                     break
-                self._certify(candidate, method)
+                self._certify(candidate, candidate.editor or method)
                 bar.update()
                 if self.deadline.over:
                     break
@@ -160,7 +164,9 @@ class _Run:
         """Have a candidate checked; keep it when it is certified and the best so far."""
         clock = time.monotonic()
         graph = self.source.graph.with_parameters(candidate.parameters)
-        proofs, _ = prove(graph, self.problem.properties, tighten=candidate.tighten)
+        proofs = candidate.proofs
+        if proofs is None:
+            proofs, _ = prove(graph, self.problem.properties, tighten=candidate.tighten)
         self._spend("bounds", clock)
         clock = time.monotonic()
         metadata = {"generator": f"torch_prepared {__version__}", "method": method}

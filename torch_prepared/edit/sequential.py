@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.core.deadline import Deadline
+from torch_prepared.core.rows import Floats
 from torch_prepared.edit._base import Candidate, Editor, EditProblem, Norm
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._margin import aimed_margin
@@ -144,7 +145,7 @@ class _Search:
             lift = torch.where(value < self.aim, wanted, self.aim - value)
             answer = project(gram, lift)
             if answer.status is not Status.INFEASIBLE:
-                step = inverse.T @ torch.from_numpy(answer.multipliers)
+                step = _combine(inverse, answer.multipliers)
                 trial = self.margins.value(state.theta + step)
                 rise = float(trial.clamp_max(self.aim).min()) - min(state.lowest, self.aim)
                 if rise > FAIR_SHARE * float(wanted[value.argmin()]):
@@ -172,13 +173,13 @@ class _Search:
         gram = gram_matrix(line.jacobian, lambda _: inverse)
         moved = state.theta - self.origin
         value = line.value[line.rows]
-        along = line.jacobian @ moved
+        along = line.jacobian.double() @ moved
         for attempt in range(BACKTRACKS):
             if self.deadline.over:
                 return None
             answer = project(gram, (self.aim - value) * (1 + caution) + along)
             if answer.status is not Status.INFEASIBLE:
-                step = (inverse.T @ torch.from_numpy(answer.multipliers) - moved) / (1 + caution)
+                step = (_combine(inverse, answer.multipliers) - moved) / (1 + caution)
                 theta = state.theta + step
                 closer = self.metric.norm_squared(theta - self.origin)
                 if closer < state.distance and float(self.margins.value(theta).min()) >= 0.3 * self.aim:
@@ -195,3 +196,8 @@ class _Search:
             self.margins.linearize(theta, near=reach),
             self.metric.norm_squared(theta - self.origin),
         )
+
+
+def _combine(rows: Tensor, multipliers: Floats) -> Tensor:
+    """``rows' multipliers`` in float64."""
+    return (rows.T @ torch.from_numpy(multipliers).to(rows)).double()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from torch_prepared.errors import SpecError
 from torch_prepared.ops._load import BuildInfo, build_info
-from torch_prepared.ops._register import register_all
+from torch_prepared.ops._reference import concretize_reference, relaxed_backward_reference
+from torch_prepared.ops._register import register_all, transforms_active
 
 __all__ = [
     "BuildInfo",
@@ -76,6 +77,8 @@ def relaxed_backward(
     """
     given = (lower_slope, lower_offset, upper_slope, upper_offset)
     coefficients = torch.broadcast_tensors(*(c.unsqueeze(1) if c.dim() == 2 else c for c in given))
+    if transforms_active():
+        return relaxed_backward_reference(rows, *coefficients)
     out, bias = torch.ops.torch_prepared.relaxed_backward(rows, *coefficients)
     return out, bias
 
@@ -106,6 +109,8 @@ def concretize(
         >>> concretize(torch.ones(1, 1, 2), torch.zeros(1, 2), torch.ones(1, 2))
         tensor([[-2.]])
     """
+    if transforms_active():
+        return concretize_reference(rows, center, radius)
     bound: Tensor = torch.ops.torch_prepared.concretize(rows, center, radius)
     return bound
 

@@ -14,7 +14,7 @@ from torch_prepared.ops import _reference as linear
 from torch_prepared.ops import _reference_activation as activation
 from torch_prepared.ops._load import load_native
 
-__all__ = ["SCHEMAS", "register_all"]
+__all__ = ["SCHEMAS", "register_all", "transforms_active"]
 
 # What csrc/library.cpp defines; a test compares the two.
 SCHEMAS = {
@@ -101,8 +101,18 @@ def _save_tensors(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def transforms_active() -> bool:
+    """Whether ``torch.func`` transforms or batched gradients are running.
+
+    They see through plain torch operations but not into ours, so the reference runs then.
+    """
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def _backward_relaxed(ctx: Any, grad_rows: Tensor, grad_bias: Tensor) -> tuple[Tensor, ...]:
     op = torch.ops.torch_prepared.relaxed_backward_grad
+    if transforms_active():
+        op = linear.relaxed_backward_grad_reference
     to_rows, to_coefficients = op(grad_rows, grad_bias, *ctx.saved_tensors)
     return (to_rows, *to_coefficients.unbind(0))
 

@@ -1,0 +1,57 @@
+"""Chains editors within the time budget and lets the driver keep the best certified edit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+from torch_prepared.core.deadline import Deadline
+from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit.one_shot import OneShotEditor
+from torch_prepared.edit.refine import LOW_DIMENSION, RefineEditor
+from torch_prepared.edit.sequential import SequentialEditor
+from torch_prepared.errors import InfeasibleEditError, SolverError
+
+__all__ = ["AutoEditor"]
+
+logger = logging.getLogger(__name__)
+
+FALLBACK_SHARE = 0.15
+
+
+class AutoEditor(Editor):
+    """A quick one-shot edit as a safety net, then the editor that suits the regions.
+
+    Regions with at most 16 coordinates of positive width are split (``refine``); others are
+    bounded whole (``sequential``). The other of the two follows when the first one fails.
+    """
+
+    name = "auto"
+
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+        reasons: list[str] = []
+        found = False
+        for editor, share in self._plan(problem):
+            part = deadline.share(share)
+            try:
+                for candidate in editor.candidates(problem, part):
+                    found = True
+                    note = f"{editor.name}: {candidate.note}"
+                    yield dataclasses.replace(candidate, note=note, editor=editor.name)
+                if not isinstance(editor, OneShotEditor):
+                    return
+            except (InfeasibleEditError, SolverError) as error:
+                reasons.append(f"{editor.name}: {error}")
+                logger.info("auto: %s", reasons[-1])
+        if not found:
+            raise InfeasibleEditError("; ".join(reasons))
+
+    def _plan(self, problem: EditProblem) -> list[tuple[Editor, float]]:
+        """Editors in order, each with its share of the time that is left when it starts."""
+        regions = problem.batch.regions
+        wide = int((regions.upper > regions.lower).sum(dim=1).max())
+        main: list[Editor] = [SequentialEditor(), RefineEditor()]
+        if wide <= LOW_DIMENSION:
+            main.reverse()
+        return [(OneShotEditor(first_only=True), FALLBACK_SHARE), (main[0], 0.8), (main[1], 1.0)]

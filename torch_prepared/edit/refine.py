@@ -1,0 +1,328 @@
+"""Counterexample-guided edits over a whole region, proved by branch and bound.
+
+Three things alternate. *Points*: an attack collects inputs of low margin; the nearest network (in
+the behavior metric) on which all collected margins reach the aim is found by a few re-linearized
+projections. *Growth*: the region is halved where bounds are loose, breadth first; proved leaves drop
+out. *Lift*: for the leaves that stay open, certified margins over their boxes become rows, and the
+smallest step that raises them is taken: the network is edited for provability, not only for safety.
+The tree outlives every change of weights. Once all leaves are proved, the distance is shrunk by
+projections that keep every leaf proved. The tree is the certificate.
+
+A disjunctive safe set chooses its disjunct by leaf and by point.
+
+Source: the idea of counterexample-guided repair is old (e.g. Bauer-Marquart et al., "SpecRepair",
+SPIN 2022); rows from open leaves in a behavior metric are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torch_prepared.bounds.branch import SplitTree
+from torch_prepared.bounds.engine import leaf_engine
+from torch_prepared.certify import ProofTree
+from torch_prepared.core.deadline import Deadline
+from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._leaves import PropertyRows
+from torch_prepared.edit._metric import Metric, behavior_metric
+from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.errors import InfeasibleEditError
+from torch_prepared.relax import evaluate_graph
+from torch_prepared.solvers import Status, gram_matrix, project
+
+__all__ = ["RefineEditor"]
+
+logger = logging.getLogger(__name__)
+
+SCREENED = 100_000
+LOW_DIMENSION = 16
+POINT_ROWS = 400
+LEAF_ROWS = 300
+ROUNDS = 200
+BACKTRACKS = 8
+
+
+@dataclass
+class RefineEditor(Editor):
+    """Branch and bound with counterexample points and lifted leaves.
+
+    Args:
+        damping: weight of the 2-norm in the behavior metric, relative to the mean curvature.
+        leaves: leaves bounded per round of growth.
+        relative_margin: aim at this share of the margins' median size on the region.
+    """
+
+    name = "refine"
+    damping: float = 0.1
+    leaves: int = 20_000
+    relative_margin: float = 0.1
+
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+        run = _Refinement.start(problem, self, deadline)
+        for theta in run.proved():
+            yield run.candidate(theta)
+
+
+@dataclass
+class _Site:
+    """One property: its tree, its rows and the points collected for it."""
+
+    rows: PropertyRows
+    tree: SplitTree
+    points: Tensor
+
+
+@dataclass
+class _Refinement:
+    problem: EditProblem
+    settings: RefineEditor
+    deadline: Deadline
+    vector: ParameterVector
+    metric: Metric
+    origin: Tensor
+    theta: Tensor
+    aim: float
+    sites: list[_Site]
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    @classmethod
+    def start(cls, problem: EditProblem, settings: RefineEditor, deadline: Deadline) -> _Refinement:
+        vector = ParameterVector.of(problem.exact, problem.options.layers)
+        origin = vector.flatten(problem.exact.parameters).detach().clone()
+        generator = torch.Generator().manual_seed(problem.options.seed)
+        sites, kept, sizes = [], [problem.reference.inputs.double()], []
+        for i, prop in enumerate(problem.properties):
+            rows = PropertyRows(problem.exact, problem.batch[i : i + 1], vector)
+            inside = prop.region.sample(max(50, 300 // len(problem.properties)), generator)
+            margins = rows.at_points(origin, inside)
+            kept.append(inside[margins > 0])
+            sizes.append(margins.abs())
+            empty = torch.zeros(0, inside.shape[1], dtype=torch.float64)
+            sites.append(_Site(rows, SplitTree(rows.batch), empty))
+        reference = _reference(problem, torch.cat(kept))
+        metric = behavior_metric(
+            problem.graph, vector, reference, problem.options.seed, settings.damping
+        )
+        typical = float(torch.cat(sizes).median())
+        aim = problem.options.margin or max(settings.relative_margin * typical, 1e-9)
+        for site in sites:
+            site.tree.slack = 0.01 * aim
+        return cls(
+            problem, settings, deadline, vector, metric, origin, origin.clone(), aim, sites, generator
+        )
+
+    def candidate(self, theta: Tensor) -> Candidate:
+        """The weights, as stored, with the trees as proofs."""
+        details = {"distance": self.metric.norm_squared(theta - self.origin)}
+        return Candidate(
+            self.problem.store(self.vector.split(theta)),
+            note=f"{sum(len(s.tree.leaves) for s in self.sites)} leaves",
+            proofs=tuple(_proof(site.tree, self.problem) for site in self.sites),
+            details=details,
+        )
+
+    def proved(self) -> Iterator[Tensor]:
+        """Weights for which every leaf of every tree is proved, ever closer to the origin."""
+        for _ in range(ROUNDS):
+            self._fix_points()
+            for _ in range(ROUNDS):
+                self._grow()
+                if all(site.tree.proved for site in self.sites):
+                    yield self.theta
+                    return
+                if self.deadline.over:
+                    raise InfeasibleEditError(self._left_open())
+                if self._violated_leaves() or not self._lift():
+                    break
+
+    def _left_open(self) -> str:
+        parts = []
+        for site, prop in zip(self.sites, self.problem.properties, strict=True):
+            leaves = site.tree.open
+            if len(leaves):
+                share = site.tree.volume(leaves)
+                parts.append(f"{prop.name}: {len(leaves)} leaves, {share:.2g} of the volume")
+        return "time over with open leaves in " + "; ".join(parts)
+
+    # Points
+
+    def _fix_points(self) -> None:
+        """Attack and edit until nothing of low margin is found."""
+        for step in range(ROUNDS):
+            found = 0
+            for site, prop in zip(self.sites, self.problem.properties, strict=True):
+                low = self._low_points(site, prop.region)
+                found += len(low)
+                site.points = torch.cat([site.points, low])
+            if not found or self.deadline.over:
+                return
+            self._satisfy_points()
+            logger.info("points %d: %d new, distance %g", step, found, self._distance())
+
+    def _low_points(self, site: _Site, region) -> Tensor:  # type: ignore[no-untyped-def]
+        """Inputs of the region whose margin is below a third of the aim; few, diverse."""
+        count = SCREENED if region.size <= LOW_DIMENSION else 256
+        x = region.sample(count, self.generator)
+        margins = torch.cat([site.rows.at_points(self.theta, part) for part in x.split(20_000)])
+        order = margins.topk(min(1000, count), largest=False).indices
+        x, margins = x[order], margins[order]
+        for reach in (0.3, 0.1, 0.03, 0.01) * 4:
+            goal = region.sample(len(x), self.generator)
+            trial = x + reach * torch.rand(len(x), 1, generator=self.generator).double() * (goal - x)
+            now = site.rows.at_points(self.theta, trial)
+            better = now < margins
+            x, margins = torch.where(better[:, None], trial, x), torch.where(better, now, margins)
+        low = margins < 0.3 * self.aim
+        x, margins = x[low], margins[low]
+        worst = margins.argsort()[:80]
+        chance = torch.randperm(len(x), generator=self.generator)[:80]
+        return x[torch.cat([worst, chance]).unique()]
+
+    def _satisfy_points(self) -> None:
+        """Re-linearized projections of the origin onto the rows of all collected points."""
+        for _ in range(6):
+            parts = [s.rows.at_points(self.theta, s.points) for s in self.sites if len(s.points)]
+            if not parts or float(torch.cat(parts).min()) >= 0.95 * self.aim:
+                return
+            jacobian, value = self._point_rows()
+            moved = self.theta - self.origin
+            wanted = 1.02 * self.aim - value + jacobian @ moved
+            step = self._project(jacobian, wanted)
+            if step is None:
+                return
+            self.theta = self.origin + step
+
+    def _point_rows(self, near: float = torch.inf) -> tuple[Tensor, Tensor]:
+        """Rows of the points of lowest margin, over all properties."""
+        rows, values = [], []
+        share = max(20, POINT_ROWS // len(self.sites))
+        for site in self.sites:
+            if not len(site.points):
+                continue
+            margins = site.rows.at_points(self.theta, site.points)
+            chosen = margins.argsort()[:share]
+            chosen = chosen[margins[chosen] < near]
+            if len(chosen):
+                jacobian, value = site.rows.point_rows(self.theta, site.points[chosen])
+                rows.append(jacobian)
+                values.append(value)
+        if not rows:
+            return self.theta.new_zeros(0, len(self.theta)), self.theta.new_zeros(0)
+        return torch.cat(rows), torch.cat(values)
+
+    # Leaves
+
+    def _engines(self, theta: Tensor):  # type: ignore[no-untyped-def]
+        stored = self.problem.store(self.vector.split(theta))
+        return [leaf_engine(self.problem.graph, site.rows.batch, stored) for site in self.sites]
+
+    def _grow(self) -> None:
+        """Bound all leaves at the current weights, then split within the round's budget."""
+        for site, engine in zip(self.sites, self._engines(self.theta), strict=True):
+            site.tree.bound(engine, site.tree.leaves, 4096)
+            budget = max(1000, self.settings.leaves // len(self.sites))
+            for _ in site.tree.grow(engine, self.deadline, budget):
+                pass
+            fresh = site.tree.open
+            site.tree.bound(engine, fresh[~np.isfinite(site.tree.margins(fresh))], 4096)
+            logger.info(
+                "grow: %d leaves, %d open, volume %g",
+                len(site.tree.leaves), len(site.tree.open), site.tree.volume(site.tree.open),
+            )  # fmt: skip
+
+    def _violated_leaves(self) -> bool:
+        """Whether a leaf's center has a low margin; such centers become points."""
+        found = False
+        for site in self.sites:
+            box = site.tree.boxes(site.tree.open)
+            center = box.center
+            margins = site.rows.at_points(self.theta, center)
+            low = center[margins < 0.2 * self.aim]
+            if len(low):
+                chosen = torch.randperm(len(low), generator=self.generator)[:100]
+                site.points = torch.cat([site.points, low[chosen]])
+                found = True
+        return found
+
+    def _lift(self) -> bool:
+        """Steps that raise the certified margins of open leaves; False when none helps."""
+        opened = [site.tree.open for site in self.sites]
+        total = sum(len(o) for o in opened)
+        for attempt in range(4):
+            jacobian, value = self._leaf_rows(opened, worst=attempt % 2 == 0)
+            point_rows, point_values = self._point_rows(near=2 * self.aim)
+            jacobian, value = torch.cat([jacobian, point_rows]), torch.cat([value, point_values])
+            target = torch.full_like(value, 0.3 * self.aim)
+            target[len(value) - len(point_values) :] = 0.7 * self.aim
+            step = self._project(jacobian, target - value)
+            if step is None:
+                return False
+            self.theta = self.theta + step
+            for site, engine, leaves in zip(
+                self.sites, self._engines(self.theta), opened, strict=True
+            ):
+                site.tree.bound(engine, leaves, 4096)
+            left = sum(len(site.tree.open) for site in self.sites)
+            logger.info("lift %d: %d of %d open, distance %g", attempt, left, total, self._distance())
+            if left == 0 or self.deadline.over:
+                break
+        return True
+
+    def _leaf_rows(
+        self, opened: list[NDArray[np.int64]], worst: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows, values = [], []
+        share = max(20, LEAF_ROWS // len(self.sites))
+        for site, leaves in zip(self.sites, opened, strict=True):
+            if not len(leaves):
+                continue
+            margins = site.tree.margins(leaves)
+            if worst:
+                chosen = leaves[np.argsort(margins)[:share]]
+            else:
+                order = torch.randperm(len(leaves), generator=self.generator)[:share].numpy()
+                chosen = leaves[order]
+            jacobian, value = site.rows.leaf_rows(self.theta, site.tree.boxes(chosen))
+            rows.append(jacobian)
+            values.append(value)
+        return torch.cat(rows), torch.cat(values)
+
+    def _project(self, jacobian: Tensor, wanted: Tensor) -> Tensor | None:
+        """The smallest step with ``jacobian @ step >= wanted``; None when there is none."""
+        inverse = self.metric.solve(jacobian)
+        answer = project(gram_matrix(jacobian, lambda _: inverse), wanted)
+        if answer.status is Status.INFEASIBLE:
+            return None
+        return inverse.T @ torch.from_numpy(answer.multipliers)
+
+    def _distance(self) -> float:
+        return self.metric.norm_squared(self.theta - self.origin)
+
+
+def _reference(problem: EditProblem, inputs: Tensor) -> Reference:
+    """Reference inputs plus inputs of the regions that are safe already."""
+    with torch.no_grad():
+        outputs = evaluate_graph(problem.graph, inputs.to(problem.graph.dtype)).flatten(1)
+    return Reference(inputs.to(problem.graph.dtype), outputs, None, problem.reference.source)
+
+
+def _proof(tree: SplitTree, problem: EditProblem) -> ProofTree:
+    """The split tree as the checker reads it, every leaf tightened."""
+    from torch_prepared.bounds.crown import tightened_names
+
+    dim, value, left, right, rows = tree.links()
+    starts = np.zeros(rows.shape[1], dtype=np.int64)
+    sizes = np.bincount(tree.batch.clause[0].numpy(), minlength=rows.shape[1])
+    starts[1:] = np.cumsum(sizes)[:-1]
+    proof, _ = ProofTree.from_links(
+        dim, value, left, right, rows - starts, plan=tightened_names(problem.exact)
+    )
+    return proof
