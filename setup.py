@@ -34,7 +34,14 @@ CUDA_SOURCES = [
 # Oldest torch whose stable interface the library uses: one binary serves all newer ones.
 STABLE_INTERFACES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # No contraction or reassociation: the directed roundings in csrc/common/rounding.h rely on it.
-CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false"]
 
 

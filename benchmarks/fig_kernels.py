@@ -4,16 +4,19 @@
 ``benchmarks/results/kernels_<device>.json``; ``... plot`` draws it from the JSON alone. Without a
 command it does both. Each case is measured in turn with a copy of the same number of bytes, so
 that both see the same machine. Bytes are those an operator must move: each distinct element of
-its inputs read once, each output written once.
+its inputs read once, each output written once. On the CPU the script starts itself again with the C
+allocator told to keep its memory, because page faults on fresh outputs would drown the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ ROWS_CASES = {  # name -> (b, s, n), coefficients shared by the s rows of a batc
 }
 SMOKE_CASES = {"n=50": (4, 20, 50), "n=512": (2, 8, 512)}
 ELEMENTS, SMOKE_ELEMENTS = 8_000_000, 4096
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 LINEAR, SMOKE_LINEAR = (512, 1024, 1024), (8, 32, 32)  # b, n, m
 
 
@@ -224,6 +228,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write or read")
     options = parser.parse_args()
+    if options.device == "cpu" and "MALLOC_MMAP_MAX_" not in os.environ:
+        command = [sys.executable, "-m", "benchmarks.fig_kernels", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **KEEP_MEMORY})
     stem = f"kernels_{options.device}" + ("_smoke" if options.smoke else "")
     output = options.output or HERE / "results" / f"{stem}.json"
     if options.command != "plot":

@@ -2,6 +2,8 @@
 //   value(x), derivative(x)  with a bound on the absolute error of the computed number,
 //   second(x)                second derivative (used for gradients and root finding only),
 //   slope_min(), slope_max() a range that contains every derivative,
+//   kKinked                  whether the derivative jumps somewhere; then value(x) must have a
+//                            small relative error near the jump,
 //   valley()                 a lower bound of sigma's local minima (+inf when it is monotone),
 //   core(upper, l, u)        the interval on which the bounded side is concave: sigma itself for
 //                            upper lines, -sigma for lower lines; outside of it that function is
@@ -39,6 +41,7 @@ PREPARED_HD double logistic_slope(double x) {
 }
 
 struct Sigmoid {
+  static constexpr bool kKinked = false;
   PREPARED_HD explicit Sigmoid(double) {}
   PREPARED_HD Evaluated value(double x) const { return within_ulps(1.0 / (1.0 + exp(-x)), 8.0); }
   PREPARED_HD Evaluated derivative(double x) const { return within_ulps(logistic_slope(x), 16.0); }
@@ -52,6 +55,7 @@ struct Sigmoid {
 };
 
 struct Tanh {
+  static constexpr bool kKinked = false;
   PREPARED_HD explicit Tanh(double) {}
   PREPARED_HD Evaluated value(double x) const { return within_ulps(tanh(x), 8.0); }
   PREPARED_HD Evaluated derivative(double x) const {
@@ -65,6 +69,7 @@ struct Tanh {
 };
 
 struct Softplus {
+  static constexpr bool kKinked = false;
   PREPARED_HD explicit Softplus(double) {}
   PREPARED_HD Evaluated value(double x) const {
     return within_ulps(fmax(x, 0.0) + log1p(exp(-fabs(x))), 8.0);
@@ -85,6 +90,7 @@ struct Softplus {
 // slope drops from alpha to 1 at zero, which makes it S-shaped. derivative(0) is alpha: a valid
 // supergradient of the concave side in either case.
 struct Elu {
+  static constexpr bool kKinked = true;
   double alpha;
   PREPARED_HD explicit Elu(double parameter) : alpha(parameter) {}
   PREPARED_HD Evaluated value(double x) const {
@@ -115,6 +121,7 @@ PREPARED_HD Core two_tailed(bool upper, double inflection, double u) {
 
 // x / (1 + exp(-x)); the inflection solves x tanh(x / 2) = 2.
 struct Silu {
+  static constexpr bool kKinked = false;
   PREPARED_HD explicit Silu(double) {}
   PREPARED_HD Evaluated value(double x) const {
     return x < -800.0 ? Evaluated{0.0, kTiny} : within_ulps(x / (1.0 + exp(-x)), 8.0);
@@ -139,6 +146,7 @@ struct Silu {
 // x Phi(x) = x erfc(-x / sqrt 2) / 2; inflections at -sqrt 2 and sqrt 2. On the left tail the
 // rounding of x / sqrt 2 is amplified by x^2, which the error bounds contain.
 struct Gelu {
+  static constexpr bool kKinked = false;
   PREPARED_HD explicit Gelu(double) {}
   PREPARED_HD static double cumulative(double x) { return 0.5 * erfc(-x * 0.7071067811865476); }
   PREPARED_HD static double density(double x) { return 0.3989422804014327 * exp(-0.5 * x * x); }

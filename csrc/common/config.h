@@ -10,8 +10,7 @@
 // Placed on the loops of the CPU kernels: one clone per instruction set, chosen when the library
 // is loaded, so that a single binary is fast on new processors and runs on old ones.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PREPARED_CLONES \
-  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define PREPARED_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PREPARED_CLONES
 #endif

@@ -32,7 +32,7 @@ struct Neuron {
   double lower, upper, alpha;
   bool has_alpha;
 
-  PREPARED_HD bool valid() const { return lower <= upper && !(has_alpha && alpha != alpha); }
+  PREPARED_HD bool valid() const { return (lower <= upper) & !(has_alpha & (alpha != alpha)); }
 };
 
 enum class Touch { kConstant, kChord, kPoint, kThroughLower, kThroughUpper, kAtLower, kAtUpper };
@@ -45,6 +45,7 @@ struct Choice {
 // sigma (sign = 1) or -sigma (sign = -1).
 template <class Activation>
 struct Side {
+  static constexpr bool kKinked = Activation::kKinked;
   Activation activation;
   double sign;
 
@@ -61,32 +62,33 @@ struct Side {
   PREPARED_HD double clamp_slope(double s) const {
     return sign * fmin(fmax(sign * s, activation.slope_min()), activation.slope_max());
   }
-  // How far the tangent at d passes above the curve at e.
-  PREPARED_HD double gap(double d, double e) const {
-    return value(d).value + slope(d) * (e - d) - value(e).value;
+  // How far the tangent at d passes above the curve's point (e, at_e).
+  PREPARED_HD double gap(double d, double e, double at_e) const {
+    return value(d).value + slope(d) * (e - d) - at_e;
   }
 };
 
 // Tangent point between good (gap >= 0 at e) and bad (gap < 0) whose tangent passes through
 // (e, h(e)): Newton's method inside a bracket. Only tightness depends on its convergence.
 template <class H>
-PREPARED_HD double tangent_through(const H& h, double e, double good, double bad) {
+PREPARED_HD double tangent_through(const H& h, double e, double at_e, double good, double bad) {
   const double toward = good > bad ? 1.0 : -1.0;
   for (double step = 1.0; step < fabs(good - bad); step *= 8.0) {
-    if (h.gap(bad + toward * step, e) >= 0.0) {
+    if (h.gap(bad + toward * step, e, at_e) >= 0.0) {
       good = bad + toward * step;
       break;
     }
   }
   double x = 0.5 * (good + bad);
   for (int i = 0; i < 48; ++i) {
-    const double gap = h.gap(x, e);
+    const double gap = h.gap(x, e, at_e);
     (gap >= 0.0 ? good : bad) = x;
     const double newton = x - gap / (h.second(x) * (e - x));
     const bool inside = (newton - good) * (newton - bad) < 0.0;
     const double next = inside ? newton : 0.5 * (good + bad);
-    if (fabs(next - x) <= 1e-15 * fabs(x)) break;
+    const bool close = fabs(next - x) <= 1e-9 * fabs(x);  // a further Newton step squares this
     x = next;
+    if (close) break;
   }
   return x;
 }
@@ -106,18 +108,20 @@ PREPARED_HD Choice choose_line(const H& h, Core core, double l, double u, double
   double first = begin, last = end;
   Touch at_first = Touch::kAtLower, at_last = Touch::kAtUpper;
   if (core.begin > l) {
-    if (h.gap(end, l) < 0.0) return chord(h, l, u, end);
+    const double at_l = h.value(l).value;
+    if (h.gap(end, l, at_l) < 0.0) return chord(h, l, u, end);
     at_first = Touch::kConstant;
-    if (h.gap(begin, l) < 0.0) {
-      first = tangent_through(h, l, end, begin);
+    if (h.gap(begin, l, at_l) < 0.0) {
+      first = tangent_through(h, l, at_l, end, begin);
       at_first = Touch::kThroughLower;
     }
   }
   if (core.end < u) {
-    if (h.gap(begin, u) < 0.0) return chord(h, l, u, begin);
+    const double at_u = h.value(u).value;
+    if (h.gap(begin, u, at_u) < 0.0) return chord(h, l, u, begin);
     at_last = Touch::kConstant;
-    if (h.gap(end, u) < 0.0) {
-      last = tangent_through(h, u, begin, end);
+    if (h.gap(end, u, at_u) < 0.0) {
+      last = tangent_through(h, u, at_u, begin, end);
       at_last = Touch::kThroughUpper;
     }
   }
@@ -125,6 +129,13 @@ PREPARED_HD Choice choose_line(const H& h, Core core, double l, double u, double
   if (choice.point > last) choice = {0.0, last, at_last};
   if (choice.point < first) choice = {0.0, first, at_first};
   choice.slope = h.slope(choice.point);
+  const bool through_l = choice.touch == Touch::kThroughLower;
+  if (h.kKinked && (through_l || choice.touch == Touch::kThroughUpper)) {
+    // At a kink many slopes touch; the tightest one passes through the end of the interval.
+    const double e = through_l ? l : u;
+    const double rise = h.value(choice.point).value - h.value(e).value;
+    choice.slope = h.clamp_slope(rise / (choice.point - e));
+  }
   return choice;
 }
 
@@ -238,6 +249,7 @@ struct SmoothRule {
 };
 
 // max(x, p x) with 0 <= p <= 1: ReLU is p = 0. Exact: the lines hold without any tolerance.
+// Written without branches so that loops over it vectorize.
 struct LeakyRule {
   double p;
 
@@ -245,24 +257,26 @@ struct LeakyRule {
 
   PREPARED_HD double upper_slope(double l, double u) const {
     const double chord = (u - p * l) / (u - l);
-    const double limited = fmin(fmax(chord, p), 1.0);
-    return l == -kInf ? p : (u == kInf ? 1.0 : limited);
+    const double limited = lesser(greater(chord, p), 1.0);
+    const double above = u == kInf ? 1.0 : limited;
+    return l == -kInf ? p : above;
   }
 
   template <class T>
   PREPARED_HD LinePair<T> lines(const Neuron& n) const {
     const double l = n.lower, u = n.upper;
-    const bool active = l >= 0.0, inactive = u <= 0.0 && !active;
+    const bool active = l >= 0.0, inactive = u <= 0.0;
     const T stable = active ? T(1) : static_cast<T>(p);
     const T upper = static_cast<T>(upper_slope(l, u));
     const double s = static_cast<double>(upper);
     const double at_l = l == -kInf ? 0.0 : add_up(mul_up(p, l), mul_up(-s, l));
-    const double at_u = u == kInf ? (s < 1.0 ? kInf : 0.0) : add_up(u, mul_up(-s, u));
+    const double unbounded = s < 1.0 ? kInf : 0.0;
+    const double at_u = u == kInf ? unbounded : add_up(u, mul_up(-s, u));
     const double usual = u > -l ? 1.0 : p;
-    const T lower = static_cast<T>(n.has_alpha ? fmin(fmax(n.alpha, p), 1.0) : usual);
-    const bool fixed = active || inactive;
+    const T lower = static_cast<T>(n.has_alpha ? lesser(greater(n.alpha, p), 1.0) : usual);
+    const bool fixed = active | inactive;
     return {fixed ? stable : lower, T(0), fixed ? stable : upper,
-            fixed ? T(0) : narrow_up<T>(fmax(at_l, at_u))};
+            fixed ? T(0) : narrow_up<T>(greater(at_l, at_u))};
   }
 
   PREPARED_HD BoundsGradient gradient(const Neuron& n, const LineGradient& g) const {

@@ -25,6 +25,10 @@ PREPARED_HD To bits_as(From from) {
   return to;
 }
 
+// Unlike fmax and fmin these vectorize; a NaN in the first argument gives the second.
+PREPARED_HD double greater(double a, double b) { return a > b ? a : b; }
+PREPARED_HD double lesser(double a, double b) { return a < b ? a : b; }
+
 // Smallest number above x; +inf and NaN stay as they are.
 PREPARED_HD double next_up(double x) {
   const double shifted = x + 0.0;  // -0 becomes +0
@@ -52,15 +56,26 @@ PREPARED_HD double add_up(double a, double b) {
 #endif
 }
 
-// a * b rounded up. A product too small for its error to be a number is always moved up.
+// High half of x's significand (Veltkamp); the rest is exact and as short.
+PREPARED_HD double high_half(double x) {
+  const double shifted = 134217729.0 * x;  // 2^27 + 1
+  return shifted - (shifted - x);
+}
+
+// a * b rounded up. Moves up as well when the product is too small or a factor too large for its
+// error to be computed. Written without fma, which not every instruction set has as a vector.
 PREPARED_HD double mul_up(double a, double b) {
 #ifdef __CUDA_ARCH__
   return __dmul_ru(a, b);
 #else
   const double product = a * b;
-  const double error = fma(a, b, -product);
-  const bool vague = fabs(product) < 1e-290 && a != 0.0 && b != 0.0;
-  return (error > 0.0 || vague) ? next_up(product) : product;
+  const double a_high = high_half(a), b_high = high_half(b);
+  const double a_low = a - a_high, b_low = b - b_high;
+  const double error =
+      a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low);
+  const bool exact = error <= 0.0;  // false for NaN
+  const bool vague = (fabs(product) < 1e-290) & (a != 0.0) & (b != 0.0);
+  return (!exact | vague) ? next_up(product) : product;
 #endif
 }
 

@@ -1,32 +1,22 @@
 // CPU kernel of concretize.
 #include "../wrappers/concretize.h"
 
-#include <cmath>
-
 #include "../common/config.h"
 #include "backend.h"
 
 namespace torch_prepared {
 namespace {
 
-template <class T>
-constexpr int64_t kLanes = 128 / sizeof(T);
-
 // sum_j r_j center_j - |r_j| radius_j
 template <class T>
 PREPARED_HD T support(const T* __restrict rows, const T* __restrict center,
                       const T* __restrict radius, int64_t n) {
-  T sums[kLanes<T>] = {};
-  int64_t j = 0;
-  for (; j + kLanes<T> <= n; j += kLanes<T>) {
-    for (int64_t k = 0; k < kLanes<T>; ++k) {
-      const T r = rows[j + k];
-      sums[k] += r * center[j + k] - std::abs(r) * radius[j + k];
-    }
-  }
   T total = T(0);
-  for (; j < n; ++j) total += rows[j] * center[j] - std::abs(rows[j]) * radius[j];
-  for (int64_t k = 0; k < kLanes<T>; ++k) total += sums[k];
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < n; ++j) {
+    const T r = rows[j];
+    total += r * center[j] - (r < T(0) ? -r : r) * radius[j];
+  }
   return total;
 }
 

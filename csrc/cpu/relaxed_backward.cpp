@@ -9,34 +9,22 @@
 namespace torch_prepared {
 namespace {
 
-// Independent partial sums per row: enough for one wide register of either type.
+// One row: out = r * (r >= 0 ? lower_slope : upper_slope); returns the bias.
 template <class T>
-constexpr int64_t kLanes = 128 / sizeof(T);
-
-// One row: out = r * (r >= 0 ? lower_slope : upper_slope); returns the bias term.
-template <class T>
-PREPARED_HD T pull_row(const T* __restrict rows, const T* __restrict lower_slope,
-                       const T* __restrict lower_offset, const T* __restrict upper_slope,
-                       const T* __restrict upper_offset, T* __restrict out, int64_t n) {
-  T sums[kLanes<T>] = {};
-  int64_t j = 0;
-  for (; j + kLanes<T> <= n; j += kLanes<T>) {
-    for (int64_t k = 0; k < kLanes<T>; ++k) {
-      const T r = rows[j + k];
-      const T ls = lower_slope[j + k], us = upper_slope[j + k];
-      const T lo = lower_offset[j + k], uo = upper_offset[j + k];
-      out[j + k] = r * (r >= T(0) ? ls : us);
-      sums[k] += r * (r >= T(0) ? lo : uo);
-    }
-  }
-  T total = T(0);
-  for (; j < n; ++j) {
+PREPARED_HD T pull_row(const T* __restrict rows, const T* const (&coefficients)[4], int64_t at,
+                       T* __restrict out, int64_t n) {
+  const T *__restrict lower_slope = coefficients[0] + at, *__restrict upper_slope = coefficients[2] + at;
+  const T *__restrict lower_offset = coefficients[1] + at, *__restrict upper_offset = coefficients[3] + at;
+  T bias = T(0);
+#pragma omp simd reduction(+ : bias)
+  for (int64_t j = 0; j < n; ++j) {
     const T r = rows[j];
-    out[j] = r * (r >= T(0) ? lower_slope[j] : upper_slope[j]);
-    total += r * (r >= T(0) ? lower_offset[j] : upper_offset[j]);
+    const T ls = lower_slope[j], us = upper_slope[j], lo = lower_offset[j], uo = upper_offset[j];
+    const bool positive = r >= T(0);
+    out[j] = r * (positive ? ls : us);
+    bias += r * (positive ? lo : uo);
   }
-  for (int64_t k = 0; k < kLanes<T>; ++k) total += sums[k];
-  return total;
+  return bias;
 }
 
 template <class T>
@@ -45,9 +33,8 @@ PREPARED_HD void pull_rows(const RelaxedBackwardArgs<T>& args, int64_t begin, in
   const int64_t n = layout.size;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t g = i / layout.members, row = layout.row(g, i % layout.members);
-    args.bias[row] = pull_row(args.rows + row * n, args.coefficients[0] + g * n,
-                              args.coefficients[1] + g * n, args.coefficients[2] + g * n,
-                              args.coefficients[3] + g * n, args.out_rows + row * n, n);
+    args.bias[row] =
+        pull_row(args.rows + row * n, args.coefficients, g * n, args.out_rows + row * n, n);
   }
 }
 
@@ -62,13 +49,14 @@ PREPARED_CLONES void pull(const RelaxedBackwardArgs<double>& args, int64_t begin
 // Columns of one tile of the gradient: the tile's sums stay in the first cache level.
 constexpr int64_t kColumns = 512;
 
-// Adds one row's share of the gradients to the four running sums.
+// One row of the gradient of the rows; adds its share of the coefficients' to running sums.
 template <class T>
 PREPARED_HD void push_row(const T* __restrict grad_rows, T grad_bias, const T* __restrict rows,
                           const T* const (&coefficients)[4], T* __restrict out,
                           T (&sums)[4][kColumns], int64_t n) {
-  const T *__restrict lower_slope = coefficients[0], *__restrict lower_offset = coefficients[1];
-  const T *__restrict upper_slope = coefficients[2], *__restrict upper_offset = coefficients[3];
+  const T *__restrict lower_slope = coefficients[0], *__restrict upper_slope = coefficients[2];
+  const T *__restrict lower_offset = coefficients[1], *__restrict upper_offset = coefficients[3];
+#pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const T r = rows[j], grad = grad_rows[j];
     const T ls = lower_slope[j], us = upper_slope[j], lo = lower_offset[j], uo = upper_offset[j];

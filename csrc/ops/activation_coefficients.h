@@ -48,8 +48,9 @@ PREPARED_DECLARE(double, CudaContext);
 template <class Args>
 PREPARED_HD Neuron read_neuron(const Args& args, int64_t i) {
   const bool has_alpha = args.alpha != nullptr;
+  const auto* alpha = has_alpha ? args.alpha : args.lower;  // any readable number when absent
   return {static_cast<double>(args.lower[i]), static_cast<double>(args.upper[i]),
-          has_alpha ? static_cast<double>(args.alpha[i]) : 0.0, has_alpha};
+          static_cast<double>(alpha[i]), has_alpha};
 }
 
 // Writes element i; returns 1 when its input is invalid, in which case every output is NaN.

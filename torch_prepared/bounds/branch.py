@@ -26,6 +26,8 @@ from torch_prepared.core.interval import Interval
 __all__ = ["LeafBounds", "LeafEngine", "SplitTree"]
 
 FIRST_CAPACITY = 1024
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class SplitTree:
         self._axis = np.zeros(FIRST_CAPACITY, dtype=np.int64)
 
     @property
-    def leaves(self) -> NDArray[np.int64]:
+    def leaves(self) -> Integers:
         """Positions of all leaves."""
         return np.flatnonzero(self._dim[: self.count] < 0)
 
     @property
-    def open(self) -> NDArray[np.int64]:
+    def open(self) -> Integers:
         """Positions of the leaves that are not proved, largest first in creation order."""
         dim, margin = self._dim[: self.count], self._margin[: self.count]
         return np.flatnonzero((dim < 0) & ~(margin > self.slack))
@@ -80,24 +82,24 @@ class SplitTree:
         """Whether every leaf is."""
         return not len(self.open)
 
-    def boxes(self, leaves: NDArray[np.int64]) -> Interval:
+    def boxes(self, leaves: Integers) -> Interval:
         """Boxes (b, n) of nodes, float64."""
         return Interval(
             torch.from_numpy(self._lower[leaves]), torch.from_numpy(self._upper[leaves])
         )
 
-    def margins(self, leaves: NDArray[np.int64]) -> NDArray[np.float64]:
+    def margins(self, leaves: Integers) -> Floats:
         """Last lower bound of the safety margin of nodes; ``-inf`` where never bounded."""
         return self._margin[leaves]
 
-    def volume(self, leaves: NDArray[np.int64]) -> float:
+    def volume(self, leaves: Integers) -> float:
         """Share of the region's volume (of its nondegenerate coordinates) in these leaves."""
         width = self._upper[0] - self._lower[0]
         wide = width > 0
         shares = (self._upper[leaves][:, wide] - self._lower[leaves][:, wide]) / width[wide]
         return float(shares.prod(axis=1).sum())
 
-    def bound(self, engine: LeafEngine, leaves: NDArray[np.int64], chunk: int) -> None:
+    def bound(self, engine: LeafEngine, leaves: Integers, chunk: int) -> None:
         """Bound leaves anew and remember their margins, best rows and splitting axes."""
         for part in np.array_split(leaves, max(1, -(-len(leaves) // chunk))):
             if not len(part):
@@ -118,7 +120,7 @@ class SplitTree:
             self._rows[part] = rows.numpy()
             self._axis[part] = gain.argmax(dim=1).numpy()
 
-    def split(self, leaves: NDArray[np.int64]) -> NDArray[np.int64]:
+    def split(self, leaves: Integers) -> Integers:
         """Halve leaves along their axes; returns the children that could be made."""
         axis = self._axis[leaves]
         low, high = self._lower[leaves, axis], self._upper[leaves, axis]
@@ -129,13 +131,16 @@ class SplitTree:
         self._reserve(2 * len(leaves))
         left = first + 2 * np.arange(len(leaves))
         self._dim[leaves], self._left[leaves] = axis, left
-        for side, array, kept in ((left, self._upper, self._lower), (left + 1, self._lower, self._upper)):
+        for side, array, kept in (
+            (left, self._upper, self._lower),
+            (left + 1, self._lower, self._upper),
+        ):
             array[side], kept[side] = array[leaves], kept[leaves]
             array[side, axis] = middle
             self._dim[side], self._margin[side] = -1, -np.inf
         return np.concatenate([left, left + 1])
 
-    def links(self) -> tuple[NDArray[np.int64], ...]:
+    def links(self) -> tuple[Integers, Floats, Integers, Integers, Integers]:
         """``(split_dim, split_value, left, right, rows)`` by node, for a proof tree."""
         dim, left = self._dim[: self.count], self._left[: self.count]
         inner = dim >= 0

@@ -9,7 +9,8 @@ radius r, and for *every* weight w
 which is linear in (w, t) once ``t >= w`` and ``t >= -w``. This is exact, where a relaxation over a
 range of weights would be loose, and the columns t do not depend on the region, so any number of
 regions share them. Later bounds are columns u, l tied by rows
-``u' >= M+ u + M- l + const + d_bias`` and, at an activation, ``u' >= above_k(u)``, ``l' <= below_k(l)`` with lines valid on all reals.
+``u' >= M+ u + M- l + const + d_bias`` and, at an activation, ``u' >= above_k(u)``,
+``l' <= below_k(l)`` with lines valid on all reals.
 Affine nodes between activations are composed before they are bounded, and so is a property's row,
 so residual sums and the last layer lose nothing.
 

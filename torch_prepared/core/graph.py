@@ -5,9 +5,9 @@ parameters they read; it does not know how an operator is evaluated or bounded (
 ``torch_prepared.relax``). Values carry one leading batch axis that is *not* part of any shape
 stored here. Importers (``core.onnx``, ``core.capture``) refuse whatever cannot be expressed.
 
-=============  ======================================================================================
+=============  =====================================================================================
 operator       meaning; ``x`` is the input value without its batch axis
-=============  ======================================================================================
+=============  =====================================================================================
 input          the network's input
 linear         ``x @ weight.T + bias`` over the last axis; weight (m, n), bias (m,) optional
 conv           1-d or 2-d cross-correlation; weight (o, i/groups, k...), bias (o,) optional;
@@ -23,7 +23,7 @@ reshape        the same values in row-major order, another shape
 gather         ``x.flatten()[index]``; attrs ``index`` (int64 array of the output's shape)
 concat         attrs ``axis``
 relu tanh sigmoid softplus(beta = 1) elu(alpha) leaky_relu(alpha) ...   elementwise
-=============  ======================================================================================
+=============  =====================================================================================
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Union
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ from torch_prepared.errors import ModelFormatError
 
 __all__ = ["Attribute", "Graph", "Node", "ParameterRef"]
 
-Attribute = Union[int, float, bool, str, tuple[int, ...], tuple[float, ...], np.ndarray]
+Attribute = int | float | bool | str | tuple[int, ...] | tuple[float, ...] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,7 @@ class Graph:
         return NetworkRecord(
             structure=structure_of(self.nodes),
             weights={
-                name: value.detach().cpu().numpy().copy()
-                for name, value in self.parameters.items()
+                name: value.detach().cpu().numpy().copy() for name, value in self.parameters.items()
             },
         )
 

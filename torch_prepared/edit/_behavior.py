@@ -120,7 +120,9 @@ class Reference:
         )
 
 
-def _outputs(graph: Graph, inputs: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+def _outputs(
+    graph: Graph, inputs: Tensor, parameters: Mapping[str, Tensor] | None = None
+) -> Tensor:
     with torch.no_grad():
         parts = [
             evaluate_graph(graph, part.to(graph.device), parameters).flatten(1).cpu()

@@ -228,7 +228,11 @@ def _weight_rows(graph: Graph, node: Node, x: Tensor, gradient: Tensor) -> Tenso
         return torch.einsum("k...o,k...i->koi", gradient, x)
     groups = int(node.attrs["groups"])  # type: ignore[arg-type]
     weight = node.params["weight"].read(graph.parameters)
-    kernel, stride, dilation = tuple(weight.shape[2:]), window(node, "stride"), window(node, "dilation")
+    kernel, stride, dilation = (
+        tuple(weight.shape[2:]),
+        window(node, "stride"),
+        window(node, "dilation"),
+    )
     x = pad_values(x, window(node, "padding"))
     if len(kernel) == 1:
         x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
@@ -259,7 +263,9 @@ def _dense_size(graph: Graph, vector: ParameterVector) -> int:
         for n in graph.nodes
         if n.op == "linear" and len(n.shape) == 1 and "weight" in n.params
     }
-    return sum(s.numel() for n, s in zip(vector.names, vector.shapes, strict=True) if n not in outer)
+    return sum(
+        s.numel() for n, s in zip(vector.names, vector.shapes, strict=True) if n not in outer
+    )
 
 
 def _read(ref: ParameterRef, value: Tensor) -> Tensor:

@@ -30,7 +30,11 @@ class Source:
     def rebuild(self, parameters: Mapping[str, Tensor]) -> nn.Module | OnnxNetwork | Graph:
         """A copy of the origin with other parameters; the origin is not touched."""
         if isinstance(self.origin, nn.Module):
-            return apply_parameters(self.origin, parameters) if parameters else copy.deepcopy(self.origin)
+            return (
+                apply_parameters(self.origin, parameters)
+                if parameters
+                else copy.deepcopy(self.origin)
+            )
         if isinstance(self.origin, OnnxNetwork):
             return with_parameters(self.origin, parameters)
         return self.graph.with_parameters(parameters)

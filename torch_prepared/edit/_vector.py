@@ -26,7 +26,9 @@ class ParameterVector:
         names: dict[str, None] = {}
         for node in graph.nodes:
             if layers is None or node.name in layers:
-                names.update((r.name, None) for r in node.params.values() if r.name in graph.editable)
+                names.update(
+                    (r.name, None) for r in node.params.values() if r.name in graph.editable
+                )
         order = tuple(names)
         return cls(order, tuple(graph.parameters[name].shape for name in order))
 

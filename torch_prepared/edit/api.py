@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_prepared._version import __version__
-from torch_prepared.certify import Verdict
+from torch_prepared.certify import ProofTree, Verdict
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork
@@ -164,7 +164,7 @@ class _Run:
         """Have a candidate checked; keep it when it is certified and the best so far."""
         clock = time.monotonic()
         graph = self.source.graph.with_parameters(candidate.parameters)
-        proofs = candidate.proofs
+        proofs: Sequence[ProofTree] | None = candidate.proofs
         if proofs is None:
             proofs, _ = prove(graph, self.problem.properties, tighten=candidate.tighten)
         self._spend("bounds", clock)

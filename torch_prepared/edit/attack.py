@@ -93,7 +93,9 @@ def find_counterexamples(
     """
     props = (properties,) if isinstance(properties, Property) else tuple(properties)
     if not props or restarts < 1 or steps < 0 or samples < 1:
-        raise SpecError("attack: expected at least one property, restart and sample, and steps >= 0")
+        raise SpecError(
+            "attack: expected at least one property, restart and sample, and steps >= 0"
+        )
     for prop in props:
         prop.check_against(graph.input_size, graph.output_size)
     points = _given_starts(starts, len(props), graph.input_size)
@@ -168,7 +170,7 @@ class _Search:
         """The ``restarts`` best of given starts, corners and samples: (restarts, b, n)."""
         kept: Tensor | None = None
         for points in self._first_points(starts, restarts, samples):
-            for part in points.split(self.chunk):
+            for part in torch.split(points, self.chunk):
                 with torch.no_grad():
                     margins = self._margins(part)
                 if kept is None:
@@ -206,7 +208,9 @@ class _Search:
         parts = []
         decay = (_LAST_STEP / _FIRST_STEP) ** (1 / max(1, steps - 1))
         order = torch.arange(len(points), device=points.device)
-        for x, position in zip(points.split(self.chunk), order.split(self.chunk), strict=True):
+        for x, position in zip(
+            torch.split(points, self.chunk), torch.split(order, self.chunk), strict=True
+        ):
             for step in range(steps + 1):
                 x = x.detach().requires_grad_()
                 values = self._rows(x)
@@ -287,7 +291,7 @@ class _Search:
 
     def _margins(self, points: Tensor) -> Tensor:
         """Safety margins, remembered if they are the least so far: (q, b, n) to (q, b)."""
-        parts = [self.batch.margins(self._rows(part)) for part in points.split(self.chunk)]
+        parts = [self.batch.margins(self._rows(part)) for part in torch.split(points, self.chunk)]
         return self._offer(points, torch.cat(parts))
 
     def _offer(self, points: Tensor, margins: Tensor) -> Tensor:
@@ -352,7 +356,9 @@ def _settle(
     inputs = torch.stack([x for x, _ in pairs])
     with torch.no_grad():
         exact = graph.to(torch.float64)
-        parts = [evaluate_graph(exact, p.to(graph.device)).flatten(1) for p in inputs.split(512)]
+        parts = [
+            evaluate_graph(exact, p.to(graph.device)).flatten(1) for p in torch.split(inputs, 512)
+        ]
     outputs = torch.cat(parts).cpu()
     margins = [float(p.safe.margin(y)) for p, y in zip(properties, outputs, strict=True)]
     violated = [is_violation(p, margin) for p, margin in zip(properties, margins, strict=True)]
@@ -380,7 +386,7 @@ def _round_inside(region: InputSet, x: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _nearest(x: Tensor, region: InputSet, dtype: torch.dtype) -> Tensor:
-    """x (n,) rounded to ``dtype`` within the box; entries stay where the box holds no such one."""
+    """The point x (n,) rounded to ``dtype`` within the box, where the box has such numbers."""
     rounded = x.to(dtype)
     up = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))

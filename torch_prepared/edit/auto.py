@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit._base import Candidate, Editor, EditProblem, Norm
 from torch_prepared.edit.one_shot import OneShotEditor
 from torch_prepared.edit.refine import LOW_DIMENSION, RefineEditor
 from torch_prepared.edit.sequential import SequentialEditor
@@ -33,6 +33,8 @@ class AutoEditor(Editor):
         reasons: list[str] = []
         found = False
         for editor, share in self._plan(problem):
+            if isinstance(editor, OneShotEditor) and problem.options.norm is Norm.BEHAVIOR:
+                continue
             part = deadline.share(share)
             try:
                 for candidate in editor.candidates(problem, part):

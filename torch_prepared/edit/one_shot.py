@@ -48,6 +48,11 @@ class OneShotEditor(Editor):
     first_only: bool = field(default=False)
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+        if problem.options.norm is Norm.BEHAVIOR:
+            raise SpecError(
+                "norm: got 'behavior' for one_shot, which minimizes a norm of the weights; "
+                "use method 'sequential', 'refine' or 'auto', or norm 1, 2, inf or 1+inf"
+            )
         layers = self._layers(problem)
         boxes = self._boxes(problem)
         picks = choose_rows(problem, boxes)
@@ -152,24 +157,27 @@ class OneShotEditor(Editor):
                 raise InfeasibleEditError(f"needs {rows_now.entries} row entries, too many")
             columns = np.concatenate([b.columns.ravel() for b in bounds.deltas.values()])
             norm = options.norm or Norm.L1
-            program = minimize_norm(
-                bounds.unknowns, rows_now, columns, norm="2" if norm is Norm.BEHAVIOR else norm.value
-            )
+            program = minimize_norm(bounds.unknowns, rows_now, columns, norm=norm.value)
             solution = solve(
                 program,
-                solver="clarabel" if norm in (Norm.L2, Norm.BEHAVIOR) else self.solver,
+                solver="clarabel" if norm is Norm.L2 else self.solver,
                 time_limit=None if deadline.seconds is None else max(deadline.left, 1.0),
                 threads=options.threads,
             )
             if solution.status is Status.INFEASIBLE:
                 raise InfeasibleEditError(_conflict(problem, bounds))
-            if solution.status not in (Status.OPTIMAL, Status.FEASIBLE):
-                raise InfeasibleEditError(f"solver stopped: {solution.status.value}, {solution.message}")
+            if not solution.status.has_point or solution.x is None:
+                raise InfeasibleEditError(
+                    f"solver stopped: {solution.status.value}, {solution.message}"
+                )
             split = bounds.unknowns.split(solution.x)
             deltas = {name: split[block.name] for name, block in bounds.deltas.items()}
-            after = weight.read(
-                {weight.name: torch.from_numpy(deltas[weight.name])}
-            ).reshape(-1).numpy() + base
+            after = (
+                weight.read({weight.name: torch.from_numpy(deltas[weight.name])})
+                .reshape(-1)
+                .numpy()
+                + base
+            )
             flipped = (np.sign(after) * np.where(base < 0, -1.0, 1.0) < 0) & ~exact
             if not flipped.any():
                 break
@@ -207,7 +215,7 @@ class OneShotEditor(Editor):
 def choose_rows(
     problem: EditProblem, boxes: list[dict[str, Interval]]
 ) -> list[tuple[Floats, Floats]]:
-    """Per property one row of each clause: ``(rows (k, m), offset (k,))``, the likeliest to hold."""
+    """Per property the likeliest row of each clause: ``(rows (k, m), offset (k,))``."""
     chosen = []
     for i, prop in enumerate(problem.properties):
         one = problem.batch[i : i + 1]
@@ -223,4 +231,3 @@ def _conflict(problem: EditProblem, bounds: ParametricBounds) -> str:
     """Why a program is infeasible, for people."""
     names = ", ".join(p.name for p in problem.properties)
     return f"no change of {bounds.layer} and later biases satisfies together: {names}"
-

@@ -2,8 +2,8 @@
 
 Three things alternate. *Points*: an attack collects inputs of low margin; the nearest network (in
 the behavior metric) on which all collected margins reach the aim is found by a few re-linearized
-projections. *Growth*: the region is halved where bounds are loose, breadth first; proved leaves drop
-out. *Lift*: for the leaves that stay open, certified margins over their boxes become rows, and the
+projections. *Growth*: the region is halved where bounds are loose, breadth first; proved leaves
+drop out. *Lift*: for the leaves that stay open, certified margins over their boxes become rows, and the
 smallest step that raises them is taken: the network is edited for provability, not only for safety.
 The tree outlives every change of weights. Once all leaves are proved, the distance is shrunk by
 projections that keep every leaf proved. The tree is the certificate.
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_prepared.bounds.branch import SplitTree
+from torch_prepared.bounds.branch import LeafEngine, SplitTree
 from torch_prepared.bounds.engine import leaf_engine
 from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
@@ -37,6 +37,7 @@ from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.solvers import Status, gram_matrix, project
+from torch_prepared.specs import InputSet
 
 __all__ = ["RefineEditor"]
 
@@ -116,7 +117,16 @@ class _Refinement:
         for site in sites:
             site.tree.slack = 0.01 * aim
         return cls(
-            problem, settings, deadline, vector, metric, origin, origin.clone(), aim, sites, generator
+            problem,
+            settings,
+            deadline,
+            vector,
+            metric,
+            origin,
+            origin.clone(),
+            aim,
+            sites,
+            generator,
         )
 
     def candidate(self, theta: Tensor) -> Candidate:
@@ -167,7 +177,7 @@ class _Refinement:
             self._satisfy_points()
             logger.info("points %d: %d new, distance %g", step, found, self._distance())
 
-    def _low_points(self, site: _Site, region) -> Tensor:  # type: ignore[no-untyped-def]
+    def _low_points(self, site: _Site, region: InputSet) -> Tensor:
         """Inputs of the region whose margin is below a third of the aim; few, diverse."""
         count = SCREENED if region.size <= LOW_DIMENSION else 256
         x = region.sample(count, self.generator)
@@ -176,7 +186,9 @@ class _Refinement:
         x, margins = x[order], margins[order]
         for reach in (0.3, 0.1, 0.03, 0.01) * 4:
             goal = region.sample(len(x), self.generator)
-            trial = x + reach * torch.rand(len(x), 1, generator=self.generator).double() * (goal - x)
+            trial = x + reach * torch.rand(len(x), 1, generator=self.generator).double() * (
+                goal - x
+            )
             now = site.rows.at_points(self.theta, trial)
             better = now < margins
             x, margins = torch.where(better[:, None], trial, x), torch.where(better, now, margins)
@@ -184,7 +196,8 @@ class _Refinement:
         x, margins = x[low], margins[low]
         worst = margins.argsort()[:80]
         chance = torch.randperm(len(x), generator=self.generator)[:80]
-        return x[torch.cat([worst, chance]).unique()]
+        chosen: Tensor = torch.cat([worst, chance]).unique()
+        return x[chosen]
 
     def _satisfy_points(self) -> None:
         """Re-linearized projections of the origin onto the rows of all collected points."""
@@ -220,7 +233,7 @@ class _Refinement:
 
     # Leaves
 
-    def _engines(self, theta: Tensor):  # type: ignore[no-untyped-def]
+    def _engines(self, theta: Tensor) -> list[LeafEngine]:
         stored = self.problem.store(self.vector.split(theta))
         return [leaf_engine(self.problem.graph, site.rows.batch, stored) for site in self.sites]
 
@@ -271,14 +284,14 @@ class _Refinement:
             ):
                 site.tree.bound(engine, leaves, 4096)
             left = sum(len(site.tree.open) for site in self.sites)
-            logger.info("lift %d: %d of %d open, distance %g", attempt, left, total, self._distance())
+            logger.info(
+                "lift %d: %d of %d open, distance %g", attempt, left, total, self._distance()
+            )
             if left == 0 or self.deadline.over:
                 break
         return True
 
-    def _leaf_rows(
-        self, opened: list[NDArray[np.int64]], worst: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _leaf_rows(self, opened: list[NDArray[np.int64]], worst: bool) -> tuple[Tensor, Tensor]:
         rows, values = [], []
         share = max(20, LEAF_ROWS // len(self.sites))
         for site, leaves in zip(self.sites, opened, strict=True):

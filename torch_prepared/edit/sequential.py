@@ -9,8 +9,8 @@ solved through its dual of as many variables as rows. A step counts when the low
 rises by a fair share of what was promised; otherwise the target comes closer.
 
 Shrinking. From a feasible theta the same projection, of theta_0 onto the linearized constraints
-with a proximal term ``mu/2 s' M s``, gives a step; it counts when it stays feasible and the distance
-falls. Every point visited is bounded anew, so linearization never enters a claim.
+with a proximal term ``mu/2 s' M s``, gives a step; it counts when it stays feasible and the
+distance falls. Every point visited is bounded anew, so linearization never enters a claim.
 
 With the behavior metric (Gauss-Newton on reference inputs) the edit goes where the network's
 decisions do not look.
@@ -76,7 +76,8 @@ class SequentialEditor(Editor):
         state = search.restore()
         yield search.candidate(state, "restored")
         told = state.distance
-        for state in search.shrink(state):
+        for closer in search.shrink(state):
+            state = closer
             if state.distance < REPORT_GAIN * told:
                 told = state.distance
                 yield search.candidate(state, "shrunk")
@@ -98,9 +99,7 @@ class _Search:
         vector = ParameterVector.of(problem.exact, problem.options.layers)
         behavior = problem.options.norm in (None, Norm.BEHAVIOR)
         metric = (
-            behavior_metric(
-                problem.graph, vector, problem.reference, problem.options.seed, damping
-            )
+            behavior_metric(problem.graph, vector, problem.reference, problem.options.seed, damping)
             if behavior
             else euclidean_metric(vector)
         )
@@ -132,7 +131,9 @@ class _Search:
                 return state
             logger.info("restore %d: lowest margin %g", step, state.lowest)
             state, caution = self._restore_once(state, caution)
-        raise InfeasibleEditError(f"lowest margin still {state.lowest:g} after {RESTORE_STEPS} steps")
+        raise InfeasibleEditError(
+            f"lowest margin still {state.lowest:g} after {RESTORE_STEPS} steps"
+        )
 
     def _restore_once(self, state: _State, caution: float) -> tuple[_State, float]:
         value = state.line.value[state.line.rows]
@@ -182,7 +183,10 @@ class _Search:
                 step = (_combine(inverse, answer.multipliers) - moved) / (1 + caution)
                 theta = state.theta + step
                 closer = self.metric.norm_squared(theta - self.origin)
-                if closer < state.distance and float(self.margins.value(theta).min()) >= 0.3 * self.aim:
+                if (
+                    closer < state.distance
+                    and float(self.margins.value(theta).min()) >= 0.3 * self.aim
+                ):
                     return self._at(theta), caution * (0.4 if attempt == 0 else 1.0)
             caution = max(4 * caution, 0.05)
         return None

@@ -31,10 +31,10 @@ register_all()
 
 def relaxed_backward(
     rows: Float[Tensor, "b s n"],
-    lower_slope: Float[Tensor, "..."],
-    lower_offset: Float[Tensor, "..."],
-    upper_slope: Float[Tensor, "..."],
-    upper_offset: Float[Tensor, "..."],
+    lower_slope: Float[Tensor, ...],
+    lower_offset: Float[Tensor, ...],
+    upper_slope: Float[Tensor, ...],
+    upper_offset: Float[Tensor, ...],
 ) -> tuple[Float[Tensor, "b s n"], Float[Tensor, "b s"]]:
     """Pull rows back through elementwise lines: one step of backward bound propagation.
 
@@ -76,7 +76,9 @@ def relaxed_backward(
         (tensor([[[-1.]]]), tensor([[-1.]]))
     """
     given = (lower_slope, lower_offset, upper_slope, upper_offset)
-    coefficients = torch.broadcast_tensors(*(c.unsqueeze(1) if c.dim() == 2 else c for c in given))
+    deep = [c.unsqueeze(1) if c.dim() == 2 else c for c in given]
+    # torch.broadcast_tensors is not annotated.
+    coefficients = torch.broadcast_tensors(*deep)  # type: ignore[no-untyped-call]
     if transforms_active():
         return relaxed_backward_reference(rows, *coefficients)
     out, bias = torch.ops.torch_prepared.relaxed_backward(rows, *coefficients)

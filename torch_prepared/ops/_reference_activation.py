@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_prepared.ops._reference import narrow_down, narrow_up
+from torch_prepared.ops._reference import narrow_up
 from torch_prepared.ops._reference_functions import EPS, TINY, Evaluated, Smooth, smooth_function
 
 __all__ = ["activation_coefficients_grad_reference", "activation_coefficients_reference"]
@@ -31,11 +31,14 @@ class _Choice(NamedTuple):
 class _Side:
     """sigma (upper lines) or -sigma (lower lines) with its concave core on [l, u]."""
 
-    def __init__(self, function: Smooth, upper: bool, l: Tensor, u: Tensor) -> None:  # noqa: E741 - l, u as in the formulas
-        self.function, self.upper, self.l, self.u = function, upper, l, u
+    def __init__(self, function: Smooth, upper: bool, low: Tensor, high: Tensor) -> None:
+        self.function, self.upper, self.low, self.high = function, upper, low, high
         self.sign = 1.0 if upper else -1.0
-        self.core_begin, self.core_end = function.core(upper, u)
-        self.begin, self.end = torch.maximum(l, self.core_begin), torch.minimum(u, self.core_end)
+        self.core_begin, self.core_end = function.core(upper, high)
+        self.begin, self.end = (
+            torch.maximum(low, self.core_begin),
+            torch.minimum(high, self.core_end),
+        )
         self.concave = self.begin < self.end
 
     def value(self, x: Tensor) -> Evaluated:
@@ -68,23 +71,23 @@ class _Side:
             x = torch.where(inside, newton, 0.5 * (good + bad))
         return x
 
-    def chord_slope(self) -> Tensor:
-        slope = (self.value(self.u)[0] - self.value(self.l)[0]) / (self.u - self.l)
+    def chord_slope(self, begin: Tensor, end: Tensor) -> Tensor:
+        slope = (self.value(end)[0] - self.value(begin)[0]) / (end - begin)
         limits = self.function.slope_min, self.function.slope_max
         return self.sign * (self.sign * slope).clamp(*limits)
 
     def choose(self, point: Tensor) -> _Choice:
         """A tight line: the tangent at a point of the range that is valid, or the chord."""
-        left = self.concave & (self.core_begin > self.l)
-        right = self.concave & (self.core_end < self.u)
-        no_left = left & (self.gap(self.end, self.l) < 0)
-        no_right = right & ~no_left & (self.gap(self.begin, self.u) < 0)
+        left = self.concave & (self.core_begin > self.low)
+        right = self.concave & (self.core_end < self.high)
+        no_left = left & (self.gap(self.end, self.low) < 0)
+        no_right = right & ~no_left & (self.gap(self.begin, self.high) < 0)
         chord = ~self.concave | no_left | no_right
-        through_l = left & (self.gap(self.begin, self.l) < 0)
-        through_u = right & (self.gap(self.end, self.u) < 0)
-        first = self.tangent_through(self.l, self.end, self.begin)
+        through_l = left & (self.gap(self.begin, self.low) < 0)
+        through_u = right & (self.gap(self.end, self.high) < 0)
+        first = self.tangent_through(self.low, self.end, self.begin)
         first = torch.where(through_l, first, self.begin)
-        last = self.tangent_through(self.u, self.begin, self.end)
+        last = self.tangent_through(self.high, self.begin, self.end)
         last = torch.where(through_u, last, self.end)
         at_first = torch.where(left, _Touch.CONSTANT, _Touch.AT_LOWER)
         at_first = torch.where(through_l, _Touch.THROUGH_LOWER, at_first)
@@ -93,12 +96,15 @@ class _Side:
         d, touch = point, torch.full_like(at_first, _Touch.POINT)
         d, touch = torch.where(d > last, last, d), torch.where(d > last, at_last, touch)
         d, touch = torch.where(d < first, first, d), torch.where(d < first, at_first, touch)
-        at_chord = torch.where(no_left, self.end, torch.where(no_right, self.begin, self.l))
+        at_chord = torch.where(no_left, self.end, torch.where(no_right, self.begin, self.low))
         d, touch = torch.where(chord, at_chord, d), torch.where(chord, _Touch.CHORD, touch)
-        narrow = self.l == self.u
-        d, touch = torch.where(narrow, self.l, d), torch.where(narrow, _Touch.POINT, touch)
+        narrow = self.low == self.high
+        d, touch = torch.where(narrow, self.low, d), torch.where(narrow, _Touch.POINT, touch)
         use_chord = touch == _Touch.CHORD
-        slope = torch.where(use_chord, self.chord_slope(), self.derivative(d)[0])
+        slope = torch.where(use_chord, self.chord_slope(self.low, self.high), self.derivative(d)[0])
+        if self.function.kinked:
+            for way, end in ((_Touch.THROUGH_LOWER, self.low), (_Touch.THROUGH_UPPER, self.high)):
+                slope = torch.where(touch == way, self.chord_slope(end, d), slope)
         return _Choice(slope, d, touch)
 
     def offset_at(self, s: Tensor, x: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class _Side:
 
     def valid_offset(self, s: Tensor, d: Tensor) -> Tensor:
         """An offset valid for slope s on the whole interval; see csrc/common/relaxation.h."""
-        offset = torch.maximum(self.offset_at(s, self.l), self.offset_at(s, self.u))
+        offset = torch.maximum(self.offset_at(s, self.low), self.offset_at(s, self.high))
         slope, error = self.derivative(d)
         excess = slope - s
         reach = excess * torch.where(excess > 0, self.end - d, self.begin - d)
@@ -119,7 +125,7 @@ class _Side:
     def extreme(self) -> Tensor:
         """Offset of a horizontal line."""
         ends = []
-        for x in (self.l, self.u):
+        for x in (self.low, self.high):
             value, error = self.value(x)
             ends.append(value + torch.where(value.isinf(), 0.0, error))
         top = torch.maximum(*ends)
@@ -131,12 +137,15 @@ def _parse(kind: str, parameter: float, dtype: torch.dtype) -> float:
     narrowed = float(torch.tensor(parameter, dtype=dtype))
     if kind not in _KINDS:
         expected = ", ".join(_KINDS)
-        raise RuntimeError(f"activation_coefficients: argument 'kind': expected one of {expected}, "
-                           f"got {kind}")
+        raise RuntimeError(
+            f"activation_coefficients: argument 'kind': expected one of {expected}, got {kind}"
+        )
     limit = {"leaky_relu": 1.0, "elu": 1e6}.get(kind)
     if limit is not None and not 0.0 <= narrowed <= limit:
-        raise RuntimeError(f"activation_coefficients: argument 'param': expected a number in "
-                           f"[0, {limit:g}] for {kind}, got {parameter}")
+        raise RuntimeError(
+            f"activation_coefficients: argument 'param': expected a number in "
+            f"[0, {limit:g}] for {kind}, got {parameter}"
+        )
     return 0.0 if kind == "relu" else narrowed
 
 
@@ -152,53 +161,66 @@ def activation_coefficients_reference(
     parameter = _parse(kind, param, lower.dtype)
     rule = _leaky_lines if kind in ("relu", "leaky_relu") else _smooth_lines
     bad = _invalid(lower, upper, alpha)
-    l, u = (torch.where(bad, 0.0, x.double()) for x in (lower, upper))  # noqa: E741 - as in the formulas
+    low, high = (torch.where(bad, 0.0, x.double()) for x in (lower, upper))
     a = None if alpha is None else torch.where(bad, 0.0, alpha.double())
-    lines = rule(kind, parameter, l, u, a, lower.dtype)
-    poisoned = tuple(torch.where(bad, torch.nan, x).contiguous() for x in lines)
-    return (*poisoned, bad.sum().reshape(1))  # type: ignore[return-value]  # four lines by construction
+    lines = rule(kind, parameter, low, high, a, lower.dtype)
+    a0, a1, a2, a3 = (torch.where(bad, torch.nan, x).contiguous() for x in lines)
+    return a0, a1, a2, a3, bad.sum().reshape(1)
 
 
 Lines = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _smooth_lines(
-    kind: str, parameter: float, l: Tensor, u: Tensor, alpha: Tensor | None, dtype: torch.dtype  # noqa: E741 - as in the formulas
+    kind: str,
+    parameter: float,
+    low: Tensor,
+    high: Tensor,
+    alpha: Tensor | None,
+    dtype: torch.dtype,
 ) -> Lines:
     function = smooth_function(kind, parameter)
-    bounded = (l >= -_HUGE) & (u <= _HUGE)
-    low, high = (torch.where(bounded, x, 0.0) for x in (l, u))
-    middle = 0.5 * low + 0.5 * high
+    bounded = (low >= -_HUGE) & (high <= _HUGE)
+    inner_l, inner_u = (torch.where(bounded, x, 0.0) for x in (low, high))
+    middle = 0.5 * inner_l + 0.5 * inner_u
     lines: list[Tensor] = []
     for upper in (False, True):
-        side = _Side(function, upper, low, high)
+        side = _Side(function, upper, inner_l, inner_u)
         choice = side.choose(alpha if alpha is not None and not upper else middle)
         slope = torch.where(bounded, choice.slope, 0.0).to(dtype)
         offset = side.valid_offset(slope.double(), choice.point)
-        flat = _Side(function, upper, l, u).extreme()
+        flat = _Side(function, upper, low, high).extreme()
         offset = narrow_up(torch.where(bounded, offset, flat), dtype)
         lines += [slope, offset] if upper else [-slope, -offset]
     return lines[0], lines[1], lines[2], lines[3]
 
 
-def _leaky_upper_slope(p: float, l: Tensor, u: Tensor) -> Tensor:  # noqa: E741 - as in the formula
-    chord = ((u - p * l) / (u - l)).nan_to_num(nan=p).clamp(p, 1.0)
-    return torch.where(l.isinf(), p, torch.where(u.isinf(), 1.0, chord))
+def _leaky_upper_slope(p: float, low: Tensor, high: Tensor) -> Tensor:
+    chord = ((high - p * low) / (high - low)).nan_to_num(nan=p).clamp(p, 1.0)
+    return torch.where(low.isinf(), p, torch.where(high.isinf(), 1.0, chord))
 
 
 def _leaky_lines(
-    kind: str, p: float, l: Tensor, u: Tensor, alpha: Tensor | None, dtype: torch.dtype  # noqa: E741 - as in the formulas
+    kind: str,
+    p: float,
+    low: Tensor,
+    high: Tensor,
+    alpha: Tensor | None,
+    dtype: torch.dtype,
 ) -> Lines:
-    active, inactive = l >= 0, (u <= 0) & ~(l >= 0)
+    active, inactive = low >= 0, (high <= 0) & ~(low >= 0)
     fixed = active | inactive
-    stable = torch.where(active, 1.0, p)
-    upper = _leaky_upper_slope(p, l, u).to(dtype)
+    one = torch.ones_like(low)  # scalars alone would be narrowed to torch's default dtype
+    stable = torch.where(active, one, p)
+    upper = _leaky_upper_slope(p, low, high).to(dtype)
     s = upper.double()
     # Twice the rounding errors of the products and of the sum, so that no error is left.
-    at_l = torch.where(l.isinf(), 0.0, (p - s) * l + 2 * EPS * (p + s) * l.abs() + TINY)
-    at_u = torch.where(u.isinf(), torch.where(s < 1, math.inf, 0.0), u - s * u + 2 * EPS * u)
+    at_l = torch.where(low.isinf(), 0.0, (p - s) * low + 2 * EPS * (p + s) * low.abs() + TINY)
+    at_u = torch.where(
+        high.isinf(), torch.where(s < 1, math.inf, 0.0), high - s * high + 2 * EPS * high
+    )
     offset = narrow_up(torch.maximum(at_l, at_u), dtype)
-    usual = torch.where(u > -l, 1.0, p)
+    usual = torch.where(high > -low, one, p)
     lower = usual if alpha is None else alpha.clamp(p, 1.0)
     zero = torch.zeros_like(offset)
     return (
@@ -224,25 +246,29 @@ def activation_coefficients_grad_reference(
     parameter = _parse(kind, param, lower.dtype)
     grads = (grad_lower_slope, grad_lower_offset, grad_upper_slope, grad_upper_offset)
     wide = [g.double() for g in grads]
-    l, u = lower.double(), upper.double()  # noqa: E741 - as in the formulas
+    low, high = lower.double(), upper.double()
     a = None if alpha is None else alpha.double()
     if kind in ("relu", "leaky_relu"):
-        total = _leaky_gradient(parameter, l, u, a, wide)
+        total = _leaky_gradient(parameter, low, high, a, wide)
     else:
-        total = _smooth_gradient(smooth_function(kind, parameter), l, u, a, wide)
+        total = _smooth_gradient(smooth_function(kind, parameter), low, high, a, wide)
     to_lower, to_upper, to_alpha = (x.to(lower.dtype).contiguous() for x in total)
     return to_lower, to_upper, lower.new_empty(0) if alpha is None else to_alpha
 
 
 def _leaky_gradient(
-    p: float, l: Tensor, u: Tensor, alpha: Tensor | None, grads: list[Tensor]  # noqa: E741 - as in the formulas
+    p: float,
+    low: Tensor,
+    high: Tensor,
+    alpha: Tensor | None,
+    grads: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mixed = (l < 0) & (u > 0) & (u - l <= _HUGE)
-    width = torch.where(mixed, u - l, 1.0)
-    s = torch.where(mixed, (u - p * l) / width, 0.0)
+    mixed = (low < 0) & (high > 0) & (high - low <= _HUGE)
+    width = torch.where(mixed, high - low, 1.0)
+    s = torch.where(mixed, (high - p * low) / width, 0.0)
     ds_dl, ds_du = (s - p) / width, (1 - s) / width
-    to_lower = grads[2] * ds_dl + grads[3] * (p - s - l * ds_dl)
-    to_upper = grads[2] * ds_du - grads[3] * l * ds_du
+    to_lower = grads[2] * ds_dl + grads[3] * (p - s - low * ds_dl)
+    to_upper = grads[2] * ds_du - grads[3] * low * ds_du
     free = mixed if alpha is None else mixed & (alpha >= p) & (alpha <= 1)
     zero = torch.zeros_like(s)
     return (
@@ -253,37 +279,54 @@ def _leaky_gradient(
 
 
 def _smooth_gradient(
-    function: Smooth, l: Tensor, u: Tensor, alpha: Tensor | None, grads: list[Tensor]  # noqa: E741 - as in the formulas
+    function: Smooth,
+    low: Tensor,
+    high: Tensor,
+    alpha: Tensor | None,
+    grads: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bounded = (l >= -_HUGE) & (u <= _HUGE)
-    l, u = torch.where(bounded, l, 0.0), torch.where(bounded, u, 0.0)  # noqa: E741 - as in the formulas
-    to_lower, to_upper, to_alpha = (torch.zeros_like(l) for _ in range(3))
-    at_l, at_u = function.derivative(l)[0], function.derivative(u)[0]
-    for upper, g_slope, g_offset in ((False, *grads[:2]), (True, *grads[2:])):
-        side = _Side(function, upper, l, u)
-        by_alpha = alpha is not None and not upper
-        point = alpha if alpha is not None and not upper else 0.5 * l + 0.5 * u
-        choice = side.choose(point)
+    bounded = (low >= -_HUGE) & (high <= _HUGE)
+    low, high = torch.where(bounded, low, 0.0), torch.where(bounded, high, 0.0)
+    to_lower, to_upper, to_alpha = (torch.zeros_like(low) for _ in range(3))
+    at_l, at_u = function.derivative(low)[0], function.derivative(high)[0]
+    for upper in (False, True):
+        g_slope, g_offset = grads[2:] if upper else grads[:2]
+        side = _Side(function, upper, low, high)
+        chosen = None if upper else alpha
+        choice = side.choose(0.5 * low + 0.5 * high if chosen is None else chosen)
         s, d, touch = side.sign * choice.slope, choice.point, choice.touch
-        width = torch.where(touch == _Touch.CHORD, u - l, 1.0)
+        width = torch.where(touch == _Touch.CHORD, high - low, 1.0)
         ds_dl, ds_du = (s - at_l) / width, (at_u - s) / width
         per_slope = g_slope - d * g_offset
         change = per_slope * function.second(d)
         free = touch == _Touch.POINT
-        owned = free & (l != u) if by_alpha else torch.zeros_like(free)
+        owned = torch.zeros_like(free) if chosen is None else free & (low != high)
         half = torch.where(free & ~owned, 0.5 * change, 0.0)
-        zero = torch.zeros_like(l)
+        to_lower = to_lower + _select(
+            touch,
+            half,
+            (_Touch.AT_LOWER, change),
+            (_Touch.CHORD, g_slope * ds_dl + g_offset * (at_l - s - low * ds_dl)),
+            (_Touch.THROUGH_LOWER, per_slope * (at_l - s) / (low - d)),
+        )
+        to_upper = to_upper + _select(
+            touch,
+            half,
+            (_Touch.AT_UPPER, change),
+            (_Touch.CHORD, g_slope * ds_du - g_offset * low * ds_du),
+            (_Touch.THROUGH_UPPER, per_slope * (at_u - s) / (high - d)),
+        )
+        to_alpha = to_alpha + torch.where(owned, change, 0.0)
+    zero = torch.zeros_like(low)
+    return (
+        torch.where(bounded, to_lower, zero),
+        torch.where(bounded, to_upper, zero),
+        torch.where(bounded, to_alpha, zero),
+    )
 
-        def pick(
-            kind: _Touch, value: Tensor, touch: Tensor = touch, zero: Tensor = zero
-        ) -> Tensor:
-            return torch.where(touch == kind, value, zero)
 
-        to_lower = to_lower + half + pick(_Touch.AT_LOWER, change)
-        to_lower += pick(_Touch.CHORD, g_slope * ds_dl + g_offset * (at_l - s - l * ds_dl))
-        to_lower += pick(_Touch.THROUGH_LOWER, per_slope * (at_l - s) / (l - d))
-        to_upper = to_upper + half + pick(_Touch.AT_UPPER, change)
-        to_upper += pick(_Touch.CHORD, g_slope * ds_du - g_offset * l * ds_du)
-        to_upper += pick(_Touch.THROUGH_UPPER, per_slope * (at_u - s) / (u - d))
-        to_alpha += torch.where(owned, change, 0.0)
-    return tuple(torch.where(bounded, x, 0.0) for x in (to_lower, to_upper, to_alpha))  # type: ignore[return-value]  # three by construction
+def _select(touch: Tensor, default: Tensor, *cases: tuple[_Touch, Tensor]) -> Tensor:
+    """The value of the case that each element falls under."""
+    for case, value in cases:
+        default = torch.where(touch == case, value, default)
+    return default

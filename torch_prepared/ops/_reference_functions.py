@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,12 +48,14 @@ class Smooth(ABC):
 
     Attributes:
         slope_min, slope_max: a range that contains every derivative.
+        kinked: whether the derivative jumps somewhere.
         valley: a lower bound of the local minima; +inf for a monotone function.
     """
 
     slope_min = 0.0
     slope_max = 1.0
     valley = math.inf
+    kinked = False
 
     @abstractmethod
     def value(self, x: Tensor) -> Evaluated:
@@ -118,6 +121,8 @@ class Softplus(Smooth):
 class Elu(Smooth):
     """x for x > 0, alpha (exp(x) - 1) otherwise; convex when alpha <= 1, else S-shaped."""
 
+    kinked = True
+
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
         self.slope_max = max(1.0, alpha)
@@ -145,9 +150,9 @@ class _TwoTailed(Smooth):
     def core(self, upper: bool, u: Tensor) -> Core:
         if not upper:
             return _core(u, -self.inflection, self.inflection)
-        right = u > self.inflection
-        begin = torch.where(right, self.inflection, -math.inf).to(u)
-        return begin, torch.where(right, math.inf, -self.inflection).to(u)
+        left, right = _core(u, -math.inf, -self.inflection), _core(u, self.inflection, math.inf)
+        reaches = u > self.inflection
+        return torch.where(reaches, right[0], left[0]), torch.where(reaches, right[1], left[1])
 
 
 class Silu(_TwoTailed):
@@ -201,5 +206,11 @@ def smooth_function(kind: str, parameter: float) -> Smooth:
     """The activation called ``kind``; ``parameter`` is ELU's alpha."""
     if kind == "elu":
         return Elu(parameter)
-    table = {"tanh": Tanh, "sigmoid": Sigmoid, "softplus": Softplus, "gelu": Gelu, "silu": Silu}
+    table: dict[str, Callable[[], Smooth]] = {
+        "tanh": Tanh,
+        "sigmoid": Sigmoid,
+        "softplus": Softplus,
+        "gelu": Gelu,
+        "silu": Silu,
+    }
     return table[kind]()

@@ -5,6 +5,7 @@ The reference is registered for every device; a native kernel of a device takes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ SCHEMAS = {
     "-> (Tensor, Tensor)",
 }
 
-_REFERENCES = {
+_REFERENCES: dict[str, Callable[..., Any]] = {
     "relaxed_backward": linear.relaxed_backward_reference,
     "relaxed_backward_grad": linear.relaxed_backward_grad_reference,
     "concretize": linear.concretize_reference,
@@ -86,7 +87,7 @@ def _fake_interval_linear(
     return lower.new_empty(shape), lower.new_empty(shape)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "relaxed_backward": _fake_relaxed_backward,
     "relaxed_backward_grad": _fake_relaxed_backward_grad,
     "concretize": _fake_concretize,
@@ -101,17 +102,20 @@ def _save_tensors(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def transforms_active() -> bool:
-    """Whether ``torch.func`` transforms or batched gradients are running.
+def transforms_active(*tensors: Tensor) -> bool:
+    """Whether ``torch.func`` transforms are running or a tensor carries batched gradients.
 
-    They see through plain torch operations but not into ours, so the reference runs then.
+    Transforms see through plain torch operations but not into ours: the reference runs then.
     """
-    return bool(torch._C._are_functorch_transforms_active())
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # Batched gradients of ``torch.autograd.grad`` come from an older vmap, which would loop.
+    return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def _backward_relaxed(ctx: Any, grad_rows: Tensor, grad_bias: Tensor) -> tuple[Tensor, ...]:
-    op = torch.ops.torch_prepared.relaxed_backward_grad
-    if transforms_active():
+    op: Callable[..., Any] = torch.ops.torch_prepared.relaxed_backward_grad
+    if transforms_active(grad_rows, grad_bias):
         op = linear.relaxed_backward_grad_reference
     to_rows, to_coefficients = op(grad_rows, grad_bias, *ctx.saved_tensors)
     return (to_rows, *to_coefficients.unbind(0))
@@ -171,9 +175,10 @@ def register_all() -> None:
     for name, schema in SCHEMAS.items():
         if not native:
             library.define(name + schema)
-        library.impl(name, _REFERENCES[name], "CompositeExplicitAutograd")
+        reference = _REFERENCES[name]
+        library.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torch_prepared::{name}", _FAKES[name], lib=library)
-    gradients = {
+    gradients: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "relaxed_backward": (_backward_relaxed, _save_tensors),
         "concretize": (_backward_concretize, _save_tensors),
         "activation_coefficients": (_backward_activation, _setup_activation),

@@ -41,7 +41,7 @@ _UNIT_CHUNK = 512
 
 
 class AffinePair(NamedTuple):
-    """``lower_slope x + lower_offset <= f(x) <= upper_slope x + upper_offset`` on a box (b, ...)."""
+    """``lower_slope x + lower_offset <= f(x) <= upper_slope x + upper_offset`` on boxes."""
 
     lower_slope: Tensor
     lower_offset: Tensor
@@ -108,22 +108,21 @@ class Operator(ABC):
         optimizable relaxation parameters (see :meth:`ElementwiseOperator.affine`).
         """
 
-
     def select(
         self, node: Node, index: Tensor, boxes: Sequence[Interval], parameters: Parameters
     ) -> PulledBack:
-        """Pull-back of single output scalars ``index`` (b, k): exact for affine operators."""
-        units = torch.nn.functional.one_hot(index, node.size).to(boxes[0].lower.dtype)
-        units = units.reshape(*index.shape, *node.shape)
-        return self.pull_back(node, units, boxes, parameters)
+        """Pull-back of single output scalars ``index`` (b, k): exact for affine operators.
+
+        For others it is a lower bound only; its negative says nothing about the upper side.
+        """
+        return self.pull_back(node, unit_rows(index, node, boxes[0].lower), boxes, parameters)
 
 
 class AffineOperator(Operator):
-    """An operator that is affine in its inputs: interval and pull-back follow from its transpose."""
+    """An operator that is affine in its inputs: the pull-back is its transpose, hence exact."""
 
     traits: ClassVar[Traits] = Traits(affine=True, piecewise_linear=True)
     parametric: ClassVar[bool] = True
-
 
     def matrices(
         self, node: Node, shapes: Sequence[tuple[int, ...]], parameters: Parameters
@@ -143,7 +142,7 @@ class AffineOperator(Operator):
         found = []
         for position, size in enumerate(sizes):
             blocks = []
-            for units in torch.arange(size).split(_UNIT_CHUNK):
+            for units in torch.split(torch.arange(size), _UNIT_CHUNK):
                 probe = torch.zeros(len(units), size, dtype=torch.float64)
                 probe[torch.arange(len(units)), units] = 1.0
                 inputs = [zero.expand(len(units), *zero.shape[1:]) for zero in zeros]
@@ -216,9 +215,7 @@ class ElementwiseOperator(Operator):
                 f"{node.name}: operator '{self.op}' is not monotone and states no interval rule; "
                 "add an 'interval' method to it"
             )
-        return Interval(
-            self.function(node, boxes[0].lower), self.function(node, boxes[0].upper)
-        )
+        return Interval(self.function(node, boxes[0].lower), self.function(node, boxes[0].upper))
 
     def pull_back(
         self,
@@ -235,8 +232,19 @@ class ElementwiseOperator(Operator):
         else:
             box = box.map(lambda end: end.squeeze(1))
         lines = self.affine(node, box, alpha)
+        # Comparisons with NaN are false, so lines of a NaN box could look like those of a good one.
+        broken = torch.isnan(box.lower) | torch.isnan(box.upper)
+        below = lines.lower_offset.masked_fill(broken, torch.nan)
+        above = lines.upper_offset.masked_fill(broken, torch.nan)
+        lines = lines._replace(lower_offset=below, upper_offset=above)
         moved, bias = ops.relaxed_backward(rows.reshape(b, s, -1), *lines)
         return PulledBack((moved.reshape(rows.shape),), bias)
+
+
+def unit_rows(index: Tensor, node: Node, like: Tensor) -> Tensor:
+    """Rows (b, k, *shape) that pick the scalars ``index`` (b, k) of a node's flattened value."""
+    rows = like.new_zeros(*index.shape, node.size).scatter(2, index.unsqueeze(2), 1.0)
+    return rows.reshape(*index.shape, *node.shape)
 
 
 def per_row(rows: Tensor) -> Tensor:

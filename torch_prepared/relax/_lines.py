@@ -117,9 +117,10 @@ def convex_ceiling(f: Scalar, reference: Tensor, reach: float = 4.0, steps: int 
 def s_shaped_ceiling(f: Scalar, slope: Scalar, reference: Tensor) -> Line:
     """Two lines (2, n) whose maximum is above an S-shaped f on all reals, tight at ``reference``.
 
-    The rising line touches f at some d > 0 and so is above f right of the place ``x0 < d`` where
-    it crosses f again; left of ``x0`` the constant ``f(x0)`` is above. For a reference right of 0
-    it touches there; else it passes through the reference, which then is ``x0``.
+    The rising line touches f at some d > 0 and so is above f right of any place ``x0 <= 0`` where
+    it is above: on [0, inf) as a tangent, on [x0, 0] because f is convex there. Left of ``x0`` the
+    constant ``f(x0)`` is above. For a reference right of 0 it touches there; else it passes
+    through the reference, which then is ``x0``.
     """
     far = torch.full_like(reference, 40.0)
 
@@ -139,7 +140,9 @@ def s_shaped_ceiling(f: Scalar, slope: Scalar, reference: Tensor) -> Line:
     touch = torch.where(reference > 0, reference, touching)
     steep = slope(touch)
     offset = f(touch) - steep * touch
+    through = torch.maximum(offset, f(reference) - steep * reference)
+    offset = torch.where(reference > 0, offset, through)
     # f - line is positive far left and negative between x0 and the touching point.
-    below, above = root(-far, torch.zeros_like(reference), lambda x: steep * x + offset - f(x))
-    level = torch.where(reference > 0, f(above), torch.maximum(f(reference), f(above)))
+    _, above = root(-far, torch.zeros_like(reference), lambda x: steep * x + offset - f(x))
+    level = f(torch.where(reference > 0, above, reference))
     return torch.stack([steep, torch.zeros_like(steep)]), torch.stack([offset, level])

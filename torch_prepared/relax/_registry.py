@@ -45,7 +45,8 @@ def support_table() -> str:
     for operator in registered():
         elementwise = isinstance(operator, ElementwiseOperator)
         kind = "affine" if operator.traits.affine else "activation" if elementwise else "pooling"
-        alpha = elementwise and type(operator).alpha_start is not ElementwiseOperator.alpha_start
+        start = getattr(type(operator), "alpha_start", ElementwiseOperator.alpha_start)
+        alpha = start is not ElementwiseOperator.alpha_start
         lines.append(
             f"| {operator.op} | {kind} | yes | yes | {'yes' if alpha else '-'} "
             f"| {'yes' if operator.parametric else '-'} |"

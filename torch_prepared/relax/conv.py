@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from torch_prepared.core.graph import Node
 from torch_prepared.core.interval import Interval
-from torch_prepared.relax._base import AffineOperator, Parameters, PulledBack, dot, per_row
+from torch_prepared.relax._base import AffineOperator, Parameters, PulledBack, per_row
 from torch_prepared.relax._registry import register
 
 __all__ = ["AvgPool", "Conv", "pad_values", "window"]
@@ -51,16 +51,12 @@ def transpose_conv(
     extra = [padded[a] - reach[a] for a in range(d)]
     fits = all(0 <= e < max(stride[a], dilation[a]) for a, e in enumerate(extra))
     output_padding = extra if fits else [0] * d
-    full = function(
-        rows, weight, None, stride, [0] * d, output_padding, groups, dilation
-    )
+    full = function(rows, weight, None, stride, [0] * d, output_padding, groups, dilation)
     if not fits:  # inputs beyond the last window are never read: their rows are zero
         pairs = [p for a in reversed(range(d)) for p in (0, extra[a])]
         full = F.pad(full, pairs)
-    index = (slice(None), slice(None)) + tuple(
-        slice(begins[a], begins[a] + shape[a]) for a in range(d)
-    )
-    return full[index]
+    inside = (slice(begins[a], begins[a] + shape[a]) for a in range(d))
+    return full[(slice(None), slice(None), *inside)]
 
 
 @register
@@ -70,7 +66,9 @@ class Conv(AffineOperator):
     op = "conv"
 
     def value(self, node: Node, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
-        return self._conv(node, inputs[0], self._weight(node, parameters), node.read("bias", parameters))
+        return self._conv(
+            node, inputs[0], self._weight(node, parameters), node.read("bias", parameters)
+        )
 
     def interval(self, node: Node, boxes: Sequence[Interval], parameters: Parameters) -> Interval:
         weight = self._weight(node, parameters)
@@ -152,7 +150,9 @@ class AvgPool(AffineOperator):
         size = 1
         for k in kernel:
             size *= k
-        weight = torch.full((shape[0], 1, *kernel), 1.0 / size, dtype=rows.dtype, device=rows.device)
+        weight = torch.full(
+            (shape[0], 1, *kernel), 1.0 / size, dtype=rows.dtype, device=rows.device
+        )
         moved = transpose_conv(
             flat, weight, shape[1:], window(node, "stride"), window(node, "padding"),
             (1,) * len(kernel), shape[0],

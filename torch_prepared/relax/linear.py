@@ -47,7 +47,6 @@ class Linear(AffineOperator):
         moved = rows @ _required(node, "weight", parameters)
         return PulledBack((moved,), None if bias is None else dot(rows, bias))
 
-
     def select(
         self, node: Node, index: Tensor, boxes: Sequence[Interval], parameters: Parameters
     ) -> PulledBack:
@@ -56,7 +55,6 @@ class Linear(AffineOperator):
         bias = node.read("bias", parameters)
         rows = _required(node, "weight", parameters)[index]
         return PulledBack((rows,), None if bias is None else bias[index])
-
 
     def matrices(
         self, node: Node, shapes: Sequence[tuple[int, ...]], parameters: Parameters

@@ -28,8 +28,12 @@ def pool_windows(node: Node, shape: Sequence[int]) -> Tensor:
     flat = torch.arange(int(torch.tensor(shape).prod()), dtype=torch.float64).reshape(1, *shape)
     x = pad_values(flat + 1, padding)  # 0 marks padding until the shift back
     x = x if d == 2 else x.unsqueeze(2)
-    pairs = (kernel, stride, dilation) if d == 2 else tuple((1, v[0]) for v in (kernel, stride, dilation))
-    columns = F.unfold(x, pairs[0], dilation=pairs[2], stride=pairs[1])  # type: ignore[arg-type]
+    pairs = (
+        (kernel, stride, dilation)
+        if d == 2
+        else tuple((1, v[0]) for v in (kernel, stride, dilation))
+    )
+    columns = F.unfold(x, pairs[0], dilation=pairs[2], stride=pairs[1])
     count = columns.shape[1] // channels
     columns = columns.reshape(channels, count, -1).transpose(1, 2).reshape(-1, count)
     return columns.round().long()[: node.size] - 1

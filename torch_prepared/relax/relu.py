@@ -39,7 +39,8 @@ class TwoPiece(ElementwiseOperator):
         width = torch.where(unstable, upper - lower, one)
         stable_slope = torch.where(lower >= 0, one, a * one)
         upper_slope = torch.where(unstable, (upper - a * lower) / width, stable_slope)
-        upper_offset = torch.where(unstable, (a - 1) * lower * upper / width, torch.zeros_like(one))
+        # lower * (upper / width) neither overflows nor underflows where the box itself does not.
+        upper_offset = torch.where(unstable, (a - 1) * lower * (upper / width), 0 * one)
         share = self.alpha_start(node, box) if alpha is None else alpha
         lower_slope = torch.where(unstable, a + (1 - a) * share, stable_slope)
         lower_offset = torch.zeros_like(lower_slope)

@@ -84,7 +84,7 @@ class Concat(StructuralOperator):
     ) -> PulledBack:
         axis = int(node.attrs["axis"])  # type: ignore[arg-type]
         sizes = [box.lower.shape[axis + 1] for box in boxes]
-        return PulledBack(tuple(rows.split(sizes, dim=axis + 2)), None)
+        return PulledBack(torch.split(rows, sizes, dim=axis + 2), None)
 
 
 @register
@@ -102,7 +102,9 @@ class Add(AffineOperator):
 
     def interval(self, node: Node, boxes: Sequence[Interval], parameters: Parameters) -> Interval:
         signs = _signs(node)
-        ordered = [b if s > 0 else Interval(-b.upper, -b.lower) for s, b in zip(signs, boxes, strict=True)]
+        ordered = [
+            b if s > 0 else Interval(-b.upper, -b.lower) for s, b in zip(signs, boxes, strict=True)
+        ]
         lower, upper = ordered[0].lower, ordered[0].upper
         for box in ordered[1:]:
             lower, upper = lower + box.lower, upper + box.upper
@@ -126,7 +128,8 @@ class ReduceSum(AffineOperator):
     op = "reduce_sum"
 
     def value(self, node: Node, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
-        total = inputs[0].sum(dim=[axis + 1 for axis in _axes(node)]) * float(node.attrs["scale"])  # type: ignore[arg-type]
+        total: Tensor = inputs[0].sum(dim=[axis + 1 for axis in _axes(node)])
+        total = total * float(node.attrs["scale"])  # type: ignore[arg-type]
         return total.reshape(total.shape[0], *node.shape)
 
     def interval(self, node: Node, boxes: Sequence[Interval], parameters: Parameters) -> Interval:

@@ -74,7 +74,7 @@ def gram_matrix(
     """
     rows = jacobian.detach().to(torch.float64)
     other = rows if inverse_metric is None else inverse_metric(rows)
-    gram = rows @ other.T
+    gram = rows @ other.to(torch.float64).T
     return 0.5 * (gram + gram.T)
 
 

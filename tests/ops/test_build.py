@@ -1,0 +1,57 @@
+"""What is loaded, what the native library defines, and that the reference can replace it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_prepared import ops
+from torch_prepared.ops._register import SCHEMAS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_build_info_says_what_is_present() -> None:
+    info = ops.build_info()
+    assert info.torch_version == torch.__version__
+    assert info.native == (info.reason == "")
+    assert torch.__version__ in str(info)
+    assert ("native" in str(info)) == info.native
+
+
+@pytest.mark.skipif(not ops.build_info().native, reason="the native library is not built")
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_python_and_native_schemas_are_equal(name: str) -> None:
+    operator = getattr(torch.ops.torch_prepared, name).default
+    assert str(operator._schema) == f"torch_prepared::{name}{SCHEMAS[name]}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_prepared::{name}", "CPU")
+
+
+def test_reference_runs_without_the_native_library() -> None:
+    code = """
+import sys
+sys.modules["torch_prepared._C"] = None
+import torch
+from torch_prepared import ops
+info = ops.build_info()
+assert not info.native and info.reason, info
+low, high = torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 0.75])
+lines = ops.activation_coefficients(low, high, "tanh")
+assert all(bool(line.isfinite().all()) for line in lines)
+rows = torch.randn(1, 3, 2, requires_grad=True)
+out, bias = ops.relaxed_backward(rows, *(line[None] for line in lines))
+bound = bias + ops.concretize(out, low[None], high[None])
+bound.sum().backward()
+assert rows.grad is not None
+ops.interval_linear(low[None], high[None], torch.ones(3, 2))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+
+
+def test_benchmark_script_runs(tmp_path: Path) -> None:
+    output = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "benchmarks.fig_kernels", "run", "--smoke", "--output"]
+    subprocess.run([*command, str(output)], check=True, timeout=300, cwd=ROOT)
+    assert '"fraction_of_copy"' in output.read_text()
