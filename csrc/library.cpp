@@ -40,4 +40,7 @@ STABLE_TORCH_LIBRARY(torch_prepared, m) {
   m.def(
       "interval_linear(Tensor lower, Tensor upper, Tensor weight, Tensor? bias) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "chain_bounds(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, Tensor rows, "
+      "Tensor? known_lower, Tensor? known_upper) -> (Tensor, Tensor, Tensor, Tensor)");
 }

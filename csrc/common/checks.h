@@ -27,8 +27,8 @@ inline std::string describe(const Tensor& tensor) {
 
 [[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected,
                               const std::string& got) {
-  throw std::runtime_error(std::string(op) + ": argument '" + argument + "': expected " +
-                           expected + ", got " + got);
+  throw std::runtime_error(std::string(op) + ": argument '" + argument + "': expected " + expected +
+                           ", got " + got);
 }
 
 inline void check_floating(const char* op, const char* argument, const Tensor& tensor) {

@@ -18,8 +18,8 @@ inline cudaStream_t stream_of(CudaContext context) {
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(kernel) + ": CUDA launch failed: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string(kernel) +
+                             ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 }
 

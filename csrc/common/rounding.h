@@ -12,9 +12,9 @@
 
 namespace torch_prepared {
 
-constexpr double kEps = 2.220446049250313e-16;       // 2^-52, distance from 1 to the next number
-constexpr double kTiny = 2.2250738585072014e-308;    // smallest normal number
-constexpr double kHuge = 1e150;                      // squares of smaller numbers do not overflow
+constexpr double kEps = 2.220446049250313e-16;     // 2^-52, distance from 1 to the next number
+constexpr double kTiny = 2.2250738585072014e-308;  // smallest normal number
+constexpr double kHuge = 1e150;                    // squares of smaller numbers do not overflow
 constexpr double kInf = __builtin_huge_val();
 
 template <class To, class From>

@@ -37,8 +37,8 @@ int64_t write_any(const LeakyRule& rule, const CoefficientArgs<T>& args, int64_t
 }
 
 template <class Activation, class T>
-int64_t write_any(const SmoothRule<Activation>& rule, const CoefficientArgs<T>& args,
-                  int64_t begin, int64_t end) {
+int64_t write_any(const SmoothRule<Activation>& rule, const CoefficientArgs<T>& args, int64_t begin,
+                  int64_t end) {
   return write_range(rule, args, begin, end);
 }
 
@@ -48,9 +48,8 @@ template <class T>
 void write_all(const CoefficientArgs<T>& args) {
   with_rule(args, [&](const auto& rule) {
     std::atomic<int64_t> errors{0};
-    parallel_over(args.count, kCostPerElement, [&](int64_t begin, int64_t end) {
-      errors += write_any(rule, args, begin, end);
-    });
+    parallel_over(args.count, kCostPerElement,
+                  [&](int64_t begin, int64_t end) { errors += write_any(rule, args, begin, end); });
     *args.errors = errors;
   });
 }

@@ -199,6 +199,7 @@ class Leaf {
     const int32_t* const index = side.index.data();
     for (int64_t r = 0; r < count; ++r, out += side.stride) {
       const T* const row = map.weight + neurons[r] * map.in;
+#pragma GCC unroll 8
       for (int64_t c = 0; c < side.count; ++c) out[c] = row[index[c]];
       out[side.count] = map.bias[neurons[r]];
       for (int64_t c = side.count + 1; c < side.stride; ++c) out[c] = 0;
@@ -208,24 +209,26 @@ class Leaf {
   // Lines of the ReLUs of a layer of m neurons; those that are zero on the box get no column.
   PREPARED_HD void relax(Side<T>& side, int64_t m) {
     const T *lower = lower_memory_.data(), *upper = upper_memory_.data();
-    int64_t c = 0;
+    int64_t count = 0;
     for (int64_t j = 0; j < m; ++j) {
-      const T low = lower[j], high = upper[j];
-      const bool active = low >= 0;
-      const T chord = active ? T(1) : high / (high - low);
-      side.index[c] = static_cast<int32_t>(j);
-      side.slope.lower[c] = active || high > -low ? T(1) : T(0);
-      side.slope.upper[c] = chord;
-      side.offset.lower[c] = 0;
-      side.offset.upper[c] = active ? T(0) : -low * chord;
-      side.before.lower[c] = low;
-      side.before.upper[c] = high;
-      side.after.lower[c] = active ? low : T(0);
-      side.after.upper[c] = high;
-      c += active || high > 0;
-      if (c == m) break;
+      side.index[count] = static_cast<int32_t>(j);
+      side.before.lower[count] = lower[j];
+      side.before.upper[count] = upper[j];
+      count += lower[j] >= 0 || upper[j] > 0;
     }
-    finish(side, c);
+    for (int64_t c = 0; c < count; c += kLanes) {
+      const V low = at<T, kBytes>(side.before.lower + c);
+      const V high = at<T, kBytes>(side.before.upper + c);
+      const V zero = V{}, one = zero + 1;
+      const V chord = low >= 0 ? one : high / (high - low);
+      at<T, kBytes>(side.slope.lower + c) = high > -low || low >= 0 ? one : zero;
+      at<T, kBytes>(side.slope.upper + c) = chord;
+      at<T, kBytes>(side.offset.lower + c) = zero;
+      at<T, kBytes>(side.offset.upper + c) = low >= 0 ? zero : -low * chord;
+      at<T, kBytes>(side.after.lower + c) = low >= 0 ? low : zero;
+      at<T, kBytes>(side.after.upper + c) = high;
+    }
+    finish(side, count);
   }
 
   // Pulls `rows` rows on the input side of map k, in the first panel, back to the network's

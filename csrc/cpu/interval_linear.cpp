@@ -22,10 +22,8 @@ PREPARED_HD void join_intervals(const JoinIntervalArgs<T>& args, int64_t begin, 
   for (int64_t i = begin; i < end; ++i) join_interval(args, i);
 }
 
-#define PREPARED_PASS(Args, body)                                                       \
-  PREPARED_CLONES void run(const Args& args, int64_t begin, int64_t end) {              \
-    body(args, begin, end);                                                             \
-  }
+#define PREPARED_PASS(Args, body) \
+  PREPARED_CLONES void run(const Args& args, int64_t begin, int64_t end) { body(args, begin, end); }
 PREPARED_PASS(SplitIntervalArgs<float>, split_intervals)
 PREPARED_PASS(SplitIntervalArgs<double>, split_intervals)
 PREPARED_PASS(SplitWeightArgs<float>, split_weights)

@@ -42,9 +42,15 @@ PREPARED_HD const Vector<T, kBytes>& at(const T* numbers) {
 
 template <class T, int kBytes>
 PREPARED_HD T sum_lanes(const Vector<T, kBytes>& vector) {
-  T sum = 0;
-  for (int64_t i = 0; i < lanes<T, kBytes>; ++i) sum += vector[i];
-  return sum;
+  if constexpr (kBytes <= 16) {
+    T sum = vector[0];
+    for (int64_t i = 1; i < lanes<T, kBytes>; ++i) sum += vector[i];
+    return sum;
+  } else {
+    Vector<T, kBytes / 2> halves[2];
+    __builtin_memcpy(halves, &vector, kBytes);
+    return sum_lanes<T, kBytes / 2>(halves[0] + halves[1]);
+  }
 }
 
 // A row-major matrix; columns beyond the last, up to the stride, are zero or hold no meaning.

@@ -13,8 +13,10 @@ namespace {
 template <class T>
 PREPARED_HD T pull_row(const T* __restrict rows, const T* const (&coefficients)[4], int64_t at,
                        T* __restrict out, int64_t n) {
-  const T *__restrict lower_slope = coefficients[0] + at, *__restrict upper_slope = coefficients[2] + at;
-  const T *__restrict lower_offset = coefficients[1] + at, *__restrict upper_offset = coefficients[3] + at;
+  const T* __restrict lower_slope = coefficients[0] + at, * __restrict upper_slope =
+                                                              coefficients[2] + at;
+  const T* __restrict lower_offset = coefficients[1] + at, * __restrict upper_offset =
+                                                               coefficients[3] + at;
   T bias = T(0);
 #pragma omp simd reduction(+ : bias)
   for (int64_t j = 0; j < n; ++j) {
@@ -54,8 +56,8 @@ template <class T>
 PREPARED_HD void push_row(const T* __restrict grad_rows, T grad_bias, const T* __restrict rows,
                           const T* const (&coefficients)[4], T* __restrict out,
                           T (&sums)[4][kColumns], int64_t n) {
-  const T *__restrict lower_slope = coefficients[0], *__restrict upper_slope = coefficients[2];
-  const T *__restrict lower_offset = coefficients[1], *__restrict upper_offset = coefficients[3];
+  const T* __restrict lower_slope = coefficients[0], * __restrict upper_slope = coefficients[2];
+  const T* __restrict lower_offset = coefficients[1], * __restrict upper_offset = coefficients[3];
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const T r = rows[j], grad = grad_rows[j];
@@ -100,8 +102,7 @@ PREPARED_CLONES void push(const RelaxedBackwardGradArgs<float>& args, int64_t be
   push_tiles(args, begin, end);
 }
 
-PREPARED_CLONES void push(const RelaxedBackwardGradArgs<double>& args, int64_t begin,
-                          int64_t end) {
+PREPARED_CLONES void push(const RelaxedBackwardGradArgs<double>& args, int64_t begin, int64_t end) {
   push_tiles(args, begin, end);
 }
 
@@ -136,7 +137,8 @@ void launch_relaxed_backward_grad(const RelaxedBackwardGradArgs<double>& args, C
 }  // namespace torch_prepared
 
 STABLE_TORCH_LIBRARY_IMPL(torch_prepared, CPU, m) {
-  m.impl("relaxed_backward", TORCH_BOX(&torch_prepared::relaxed_backward<torch_prepared::CpuBackend>));
+  m.impl("relaxed_backward",
+         TORCH_BOX(&torch_prepared::relaxed_backward<torch_prepared::CpuBackend>));
   m.impl("relaxed_backward_grad",
          TORCH_BOX(&torch_prepared::relaxed_backward_grad<torch_prepared::CpuBackend>));
 }

@@ -28,8 +28,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Piecewise-linear kinds are bound by memory: 16-byte loads and stores.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    leaky_kernel(LeakyRule rule, CoefficientArgs<T> args) {
+__global__ void __launch_bounds__(kThreads) leaky_kernel(LeakyRule rule, CoefficientArgs<T> args) {
   constexpr int kWidth = kWide<T>;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kWidth;
   int64_t errors = 0;

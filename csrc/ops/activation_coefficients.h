@@ -33,11 +33,11 @@ struct CoefficientGradArgs {
   const T* grads[4];  // lower_slope, lower_offset, upper_slope, upper_offset
   T* grad_lower;
   T* grad_upper;
-  T* grad_alpha;      // null when absent
+  T* grad_alpha;  // null when absent
 };
 
-#define PREPARED_DECLARE(T, Context)                                          \
-  void launch_activation_coefficients(const CoefficientArgs<T>&, Context);    \
+#define PREPARED_DECLARE(T, Context)                                       \
+  void launch_activation_coefficients(const CoefficientArgs<T>&, Context); \
   void launch_activation_coefficients_grad(const CoefficientGradArgs<T>&, Context)
 PREPARED_DECLARE(float, CpuContext);
 PREPARED_DECLARE(double, CpuContext);
@@ -70,10 +70,9 @@ PREPARED_HD int64_t write_coefficients(const Rule& rule, const CoefficientArgs<T
 
 template <class Rule, class T>
 PREPARED_HD void write_gradient(const Rule& rule, const CoefficientGradArgs<T>& args, int64_t i) {
-  const LineGradient g = {static_cast<double>(args.grads[0][i]),
-                          static_cast<double>(args.grads[1][i]),
-                          static_cast<double>(args.grads[2][i]),
-                          static_cast<double>(args.grads[3][i])};
+  const LineGradient g = {
+      static_cast<double>(args.grads[0][i]), static_cast<double>(args.grads[1][i]),
+      static_cast<double>(args.grads[2][i]), static_cast<double>(args.grads[3][i])};
   const BoundsGradient total = rule.gradient(read_neuron(args, i), g);
   args.grad_lower[i] = static_cast<T>(total.lower);
   args.grad_upper[i] = static_cast<T>(total.upper);
@@ -84,13 +83,20 @@ PREPARED_HD void write_gradient(const Rule& rule, const CoefficientGradArgs<T>& 
 template <class Args, class F>
 void with_rule(const Args& args, F&& f) {
   switch (args.kind) {
-    case Kind::kLeaky: return f(LeakyRule(args.parameter));
-    case Kind::kTanh: return f(SmoothRule<Tanh>(args.parameter));
-    case Kind::kSigmoid: return f(SmoothRule<Sigmoid>(args.parameter));
-    case Kind::kElu: return f(SmoothRule<Elu>(args.parameter));
-    case Kind::kSoftplus: return f(SmoothRule<Softplus>(args.parameter));
-    case Kind::kGelu: return f(SmoothRule<Gelu>(args.parameter));
-    case Kind::kSilu: return f(SmoothRule<Silu>(args.parameter));
+    case Kind::kLeaky:
+      return f(LeakyRule(args.parameter));
+    case Kind::kTanh:
+      return f(SmoothRule<Tanh>(args.parameter));
+    case Kind::kSigmoid:
+      return f(SmoothRule<Sigmoid>(args.parameter));
+    case Kind::kElu:
+      return f(SmoothRule<Elu>(args.parameter));
+    case Kind::kSoftplus:
+      return f(SmoothRule<Softplus>(args.parameter));
+    case Kind::kGelu:
+      return f(SmoothRule<Gelu>(args.parameter));
+    case Kind::kSilu:
+      return f(SmoothRule<Silu>(args.parameter));
   }
 }
 

@@ -45,7 +45,7 @@ struct JoinIntervalArgs {
   T* upper;
 };
 
-#define PREPARED_DECLARE(T, Context)                               \
+#define PREPARED_DECLARE(T, Context)                                \
   void launch_split_interval(const SplitIntervalArgs<T>&, Context); \
   void launch_split_weight(const SplitWeightArgs<T>&, Context);     \
   void launch_join_interval(const JoinIntervalArgs<T>&, Context)

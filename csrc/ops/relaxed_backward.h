@@ -23,13 +23,13 @@ struct RelaxedBackwardGradArgs {
   const T* grad_bias;
   const T* rows;
   const T* coefficients[4];
-  T* out_rows;      // (rows, n)
-  T* partial;       // (pieces, 4, groups, n), order of `coefficients`
-  int64_t pieces;   // pieces of each group's members
+  T* out_rows;     // (rows, n)
+  T* partial;      // (pieces, 4, groups, n), order of `coefficients`
+  int64_t pieces;  // pieces of each group's members
 };
 
-#define PREPARED_DECLARE(T, Context)                                       \
-  void launch_relaxed_backward(const RelaxedBackwardArgs<T>&, Context);    \
+#define PREPARED_DECLARE(T, Context)                                    \
+  void launch_relaxed_backward(const RelaxedBackwardArgs<T>&, Context); \
   void launch_relaxed_backward_grad(const RelaxedBackwardGradArgs<T>&, Context)
 PREPARED_DECLARE(float, CpuContext);
 PREPARED_DECLARE(double, CpuContext);

@@ -36,12 +36,11 @@ std::tuple<Tensor, Tensor> interval_linear(Tensor lower, Tensor upper, Tensor we
   with_scalar(lower, [&](auto zero) {
     using T = decltype(zero);
     if (n > 0) {
-      launch_split_interval(
-          SplitIntervalArgs<T>{b * n, n, lower.template const_data_ptr<T>(),
-                               upper.template const_data_ptr<T>(),
-                               center.template mutable_data_ptr<double>(),
-                               radius.template mutable_data_ptr<double>()},
-          backend.context());
+      launch_split_interval(SplitIntervalArgs<T>{b * n, n, lower.template const_data_ptr<T>(),
+                                                 upper.template const_data_ptr<T>(),
+                                                 center.template mutable_data_ptr<double>(),
+                                                 radius.template mutable_data_ptr<double>()},
+                            backend.context());
       launch_split_weight(SplitWeightArgs<T>{m * n, weight.template const_data_ptr<T>(),
                                              signed_weight.template mutable_data_ptr<double>(),
                                              absolute.template mutable_data_ptr<double>()},

@@ -14,7 +14,7 @@ from torch_prepared.core.onnx import run_onnx
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import SubFigure
 
 __all__ = ["draw"]
 
@@ -46,7 +46,8 @@ def draw(
 
     figure = Figure(figsize=(11.0, 7.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1.0], hspace=0.06)
+    grid = figure.add_gridspec(2, 1, height_ratios=[1.1, 1.0], hspace=0.06)
+    top, bottom = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     _draw_margins(top, states, chosen, eps)
     order = sorted(chosen, key=lambda i: float(states[0].reached[i]))
     _draw_images(bottom, digits, states[0], order[:_SHOWN], networks)
@@ -54,7 +55,7 @@ def draw(
 
 
 def _draw_margins(
-    figure: Figure, states: tuple[State, State], chosen: Sequence[int], eps: float
+    figure: SubFigure, states: tuple[State, State], chosen: Sequence[int], eps: float
 ) -> None:
     before, after = states
     order = sorted(chosen, key=lambda i: float(before.proved[i]))
@@ -100,7 +101,11 @@ def _draw_margins(
 
 
 def _draw_images(
-    figure: Figure, digits: Digits, before: State, shown: Sequence[int], networks: tuple[Path, Path]
+    figure: SubFigure,
+    digits: Digits,
+    before: State,
+    shown: Sequence[int],
+    networks: tuple[Path, Path],
 ) -> None:
     """Pairs of an image and its worst perturbation, with what both networks read."""
     fooled, repaired = (

@@ -3,10 +3,9 @@
 Three things alternate. *Points*: an attack collects inputs of low margin; the nearest network (in
 the behavior metric) on which all collected margins reach the aim is found by a few re-linearized
 projections. *Growth*: the region is halved where bounds are loose, breadth first; proved leaves
-drop out. *Lift*: for the leaves that stay open, certified margins over their boxes become rows, and the
-smallest step that raises them is taken: the network is edited for provability, not only for safety.
-The tree outlives every change of weights. Once all leaves are proved, the distance is shrunk by
-projections that keep every leaf proved. The tree is the certificate.
+drop out. *Lift*: for the leaves that stay open, certified margins over their boxes become rows,
+and the smallest step that raises them is taken: the network is edited for provability, not only
+for safety. The tree outlives every change of weights, and in the end it is the certificate.
 
 A disjunctive safe set chooses its disjunct by leaf and by point.
 

@@ -2,11 +2,14 @@
 
 :func:`relaxed_backward` pulls affine rows back through elementwise relaxations,
 :func:`concretize` minimizes rows over boxes, :func:`activation_coefficients` gives the lines of
-an activation, :func:`interval_linear` is an outward-rounded interval affine map, and
+an activation, :func:`interval_linear` is an outward-rounded interval affine map,
+:func:`chain_bounds` bounds a fully connected ReLU network over many boxes, and
 :func:`build_info` says what runs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,6 +24,7 @@ __all__ = [
     "BuildInfo",
     "activation_coefficients",
     "build_info",
+    "chain_bounds",
     "concretize",
     "interval_linear",
     "relaxed_backward",
@@ -77,8 +81,7 @@ def relaxed_backward(
     """
     given = (lower_slope, lower_offset, upper_slope, upper_offset)
     deep = [c.unsqueeze(1) if c.dim() == 2 else c for c in given]
-    # torch.broadcast_tensors is not annotated.
-    coefficients = torch.broadcast_tensors(*deep)  # type: ignore[no-untyped-call]
+    coefficients = torch.broadcast_tensors(*deep)
     if transforms_active():
         return relaxed_backward_reference(rows, *coefficients)
     out, bias = torch.ops.torch_prepared.relaxed_backward(rows, *coefficients)
@@ -228,3 +231,61 @@ def interval_linear(
     """
     low, high = torch.ops.torch_prepared.interval_linear(lower, upper, weight, bias)
     return low, high
+
+
+def chain_bounds(
+    lower: Float[Tensor, "b n"],
+    upper: Float[Tensor, "b n"],
+    weights: Sequence[Float[Tensor, "m k"]],
+    biases: Sequence[Float[Tensor, " m"]],
+    rows: Float[Tensor, "... s m"],
+    known_lower: Float[Tensor, "b h"] | None = None,
+    known_upper: Float[Tensor, "b h"] | None = None,
+) -> tuple[
+    Float[Tensor, "b s"], Float[Tensor, "b s n"], Float[Tensor, "b h"], Float[Tensor, "b h"]
+]:
+    """Lower bounds of output rows of a fully connected ReLU network, for many small boxes.
+
+    The network is ``x -> W_L relu(... relu(W_1 x + b_1) ...) + b_L``. Each layer's intervals come
+    from interval arithmetic, then from a backward pass for every scalar still unstable; the rows
+    are pulled back through all layers and evaluated over every box on the way, the best counts.
+
+    Args:
+        lower: (b, n), float32 or float64.
+        upper: like ``lower``, not smaller.
+        weights: W_1 ... W_L, each (m_k, m_{k-1}) with m_0 = n; same dtype, on the CPU.
+        biases: b_1 ... b_L, each (m_k,).
+        rows: (s, m_L) for all boxes, or (b, s, m_L).
+        known_lower: (b, h), intervals of the h hidden scalars proved elsewhere, in layer order;
+            intersected in. Both ends or neither.
+        known_upper: see ``known_lower``.
+
+    Returns:
+        ``values`` (b, s) with ``values <= rows @ f(x)`` on each box; ``inputs`` (b, s, n), the
+        coefficients that the pulled-back rows have on x; ``hidden_lower`` and ``hidden_upper``
+        (b, h), intervals of what the ReLUs read. Not differentiable. Everything of a box is NaN
+        when its ends, or any interval met, are NaN or out of order, or a weight is not finite.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit; the message names the argument.
+        UnsupportedOperationError: when a gradient is asked for.
+
+    Soundness:
+        The inequality holds in exact real arithmetic; results are rounded to nearest, and a proof
+        must account for that (the certificate checker replays on its own).
+
+    Source:
+        Zhang, Weng, Chen, Hsieh, Daniel (2018), CROWN, with the adaptive lower slope.
+
+    Example:
+        >>> eye, zero = torch.eye(2), torch.zeros(2)
+        >>> box = -torch.ones(1, 2), torch.ones(1, 2)
+        >>> values, *_ = chain_bounds(*box, [eye, eye], [zero, zero], -torch.ones(1, 2))
+        >>> float(values)
+        -2.0
+    """
+    op = torch.ops.torch_prepared.chain_bounds
+    values, inputs, hidden_lower, hidden_upper = op(
+        lower, upper, list(weights), list(biases), rows, known_lower, known_upper
+    )
+    return values, inputs, hidden_lower, hidden_upper

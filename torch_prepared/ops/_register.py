@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_prepared.ops import _reference as linear
 from torch_prepared.ops import _reference_activation as activation
+from torch_prepared.ops import _reference_chain as chain
 from torch_prepared.ops._load import load_native
 
 __all__ = ["SCHEMAS", "register_all", "transforms_active"]
@@ -32,6 +33,9 @@ SCHEMAS = {
     "str kind, float param, Tensor? alpha) -> (Tensor, Tensor, Tensor)",
     "interval_linear": "(Tensor lower, Tensor upper, Tensor weight, Tensor? bias) "
     "-> (Tensor, Tensor)",
+    "chain_bounds": "(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, "
+    "Tensor rows, Tensor? known_lower, Tensor? known_upper) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 _REFERENCES: dict[str, Callable[..., Any]] = {
@@ -41,6 +45,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "activation_coefficients": activation.activation_coefficients_reference,
     "activation_coefficients_grad": activation.activation_coefficients_grad_reference,
     "interval_linear": linear.interval_linear_reference,
+    "chain_bounds": chain.chain_bounds_reference,
 }
 
 
@@ -94,6 +99,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "activation_coefficients": _fake_activation,
     "activation_coefficients_grad": _fake_activation_grad,
     "interval_linear": _fake_interval_linear,
+    "chain_bounds": chain.fake_chain_bounds,
 }
 
 
@@ -183,6 +189,7 @@ def register_all() -> None:
         "concretize": (_backward_concretize, _save_tensors),
         "activation_coefficients": (_backward_activation, _setup_activation),
         "interval_linear": (_backward_interval, _setup_interval),
+        "chain_bounds": (chain.refuse_gradient, chain.setup_nothing),
     }
     for name, (backward, setup) in gradients.items():
         torch.library.register_autograd(

@@ -71,7 +71,10 @@ class MaxPool(Operator):
         outside = index < 0
         lowers = lower[:, index.clamp_min(0)].masked_fill(outside, -torch.inf)  # (b, m, k)
         uppers = upper[:, index.clamp_min(0)].masked_fill(outside, -torch.inf)
-        best, which = lowers.max(dim=2)
+        # Padding must not be chosen, not even among infinite lower ends.
+        reach = lowers.clamp_min(torch.finfo(lowers.dtype).min).masked_fill(outside, -torch.inf)
+        which = reach.argmax(dim=2)
+        best = lowers.gather(2, which.unsqueeze(2)).squeeze(2)
         others = uppers.scatter(2, which.unsqueeze(2), -torch.inf).amax(dim=2)
         dominated = best >= others
         ceiling = uppers.amax(dim=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torch_prepared.core.graph import Node
 from torch_prepared.core.interval import Interval
@@ -30,7 +31,7 @@ class TwoPiece(ElementwiseOperator):
         return 0.0
 
     def function(self, node: Node, x: Tensor) -> Tensor:
-        return torch.maximum(x, x * self.small_slope(node))
+        return F.leaky_relu(x, self.small_slope(node))
 
     def affine(self, node: Node, box: Interval, alpha: Tensor | None = None) -> AffinePair:
         lower, upper, a = box.lower, box.upper, self.small_slope(node)
@@ -69,7 +70,7 @@ class ReLU(TwoPiece):
     parametric = True
 
     def function(self, node: Node, x: Tensor) -> Tensor:
-        return x.clamp_min(0)
+        return torch.relu(x)
 
 
 @register

@@ -1,0 +1,205 @@
+"""Edits end to end: what is returned is certified, and nothing else was touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import torch_prepared as tp
+from torch_prepared.edit import EDITORS, Candidate, Editor, EditProblem
+from torch_prepared.errors import InfeasibleEditError, ModelFormatError, SpecError
+from torch_prepared.specs import Box, LpBall, Property, SafeSet, VPolytope
+
+
+def network(seed: int = 0, sizes: tuple[int, ...] = (3, 12, 10, 3)) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for n, m in zip(sizes, sizes[1:], strict=False):
+        layer = nn.Linear(n, m)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(m, n, generator=generator) / n**0.5)
+            layer.bias.copy_(0.1 * torch.randn(m, generator=generator))
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def other_label(model: nn.Module, x: torch.Tensor) -> int:
+    """The runner-up: a decision the network does not make at x."""
+    return int(model(x[None])[0].argsort()[-2])
+
+
+def violated(model: nn.Module, x: torch.Tensor, eps: float = 0.05, name: str = "p") -> Property:
+    region = Box(x.double() - eps, x.double() + eps)
+    return Property(region, SafeSet.argmax(other_label(model, x), 3), name)
+
+
+def worst_sampled_margin(model: nn.Module, prop: Property) -> float:
+    x = prop.region.sample(4000, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return float(prop.safe.margin(copy.deepcopy(model).double()(x)).min())
+
+
+CENTER = torch.tensor([0.3, -0.2, 0.5])
+
+
+@pytest.mark.parametrize("method", sorted(EDITORS))
+def test_every_editor_returns_a_certified_copy(method: str) -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    prop = violated(model, CENTER)
+    reference = torch.randn(200, 3, generator=torch.Generator().manual_seed(2))
+    result = tp.edit_network(model, prop, method=method, preserve=reference, time_limit=30)
+    assert result.status is tp.Verdict.CERTIFIED
+    assert result.certificate is not None
+    assert worst_sampled_margin(model, prop) <= 0 < worst_sampled_margin(result.model, prop)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    record = tp.capture_module(result.model, reference[:1]).record()
+    again = tp.check_certificate(result.certificate, record, [prop.record()])
+    assert again.status is tp.Verdict.CERTIFIED
+    assert result.report.margin == pytest.approx(again.margin)
+    assert 0 <= result.report.drawdown.agreement <= 1
+
+
+@pytest.mark.parametrize("norm", ["1", "2", "inf", "1+inf"])
+def test_one_shot_minimizes_the_norm_it_is_asked_for(norm: str) -> None:
+    model = network()
+    prop = violated(model, CENTER)
+    size = {
+        "1": lambda d: d.l1,
+        "2": lambda d: d.l2,
+        "inf": lambda d: d.linf,
+        "1+inf": lambda d: d.l1 + d.linf,
+    }
+    deltas = {
+        n: tp.edit_network(
+            model, prop, method="one_shot", norm=n, layers=["linear_2"], example_input=CENTER[None]
+        ).report.delta
+        for n in size
+    }
+    for other in deltas.values():
+        assert size[norm](deltas[norm]) <= size[norm](other) * (1 + 1e-3)
+
+
+def test_only_the_chosen_layer_and_later_biases_change() -> None:
+    model = network()
+    layers = tp.bounds.editable_layers(tp.capture_module(model, CENTER[None]))
+    result = tp.edit_network(
+        model, violated(model, CENTER), method="one_shot", layers=[layers[1]],
+        example_input=CENTER[None],
+    )  # fmt: skip
+    before, after = model.state_dict(), result.model.state_dict()
+    assert torch.equal(before["0.weight"], after["0.weight"])
+    assert torch.equal(before["0.bias"], after["0.bias"])
+    assert torch.equal(before["4.weight"], after["4.weight"])
+
+
+def test_several_properties_and_kinds_of_regions_at_once() -> None:
+    model = network(3)
+    points = [CENTER, -CENTER, torch.tensor([0.8, 0.9, -0.7])]
+    regions = [
+        Box(points[0].double() - 0.04, points[0].double() + 0.04),
+        LpBall(points[1].double(), 0.05, 2),
+        VPolytope(points[2].double() + 0.05 * torch.eye(3, dtype=torch.float64)),
+    ]
+    properties = [
+        Property(region, SafeSet.argmax(other_label(model, x), 3), f"p{i}")
+        for i, (region, x) in enumerate(zip(regions, points, strict=True))
+    ]
+    result = tp.edit_network(model, properties, time_limit=40, example_input=CENTER[None])
+    assert result.status is tp.Verdict.CERTIFIED
+    assert [row[1] for row in result.report.per_property] == ["certified"] * 3
+    assert all(worst_sampled_margin(result.model, p) > 0 for p in properties)
+
+
+def test_a_union_of_polytopes_needs_one_disjunct_only() -> None:
+    model = network()
+    y = model(CENTER[None])[0].detach().double()
+    eye = torch.eye(3, dtype=torch.float64)
+    # Safe: output 0 far below or far above where it is now.
+    safe = SafeSet.from_polytopes([(eye[:1], y[:1] - 0.3), (-eye[:1], -(y[:1] + 0.2))])
+    prop = Property(Box(CENTER.double() - 0.02, CENTER.double() + 0.02), safe, "away")
+    result = tp.edit_network(model, prop, time_limit=30, example_input=CENTER[None])
+    assert result.status is tp.Verdict.CERTIFIED
+    assert worst_sampled_margin(result.model, prop) >= 0
+
+
+def test_a_property_that_holds_already_changes_nothing() -> None:
+    model = network()
+    label = int(model(CENTER[None])[0].argmax())
+    prop = Property(LpBall(CENTER.double(), 1e-3, torch.inf), SafeSet.argmax(label, 3), "holds")
+    result = tp.edit_network(model, prop, example_input=CENTER[None])
+    assert result.status is tp.Verdict.CERTIFIED
+    assert result.report.method == "none"
+    assert result.report.delta.changed == 0
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.parameters(), result.model.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["one_shot", "auto"])
+def test_contradictory_properties_are_refused_by_name(method: str) -> None:
+    model = network()
+    region = Box(CENTER.double() - 0.05, CENTER.double() + 0.05)
+    properties = [
+        Property(region, SafeSet.argmax(0, 3), "zero wins"),
+        Property(region, SafeSet.argmax(1, 3), "one wins"),
+    ]
+    with pytest.raises(InfeasibleEditError, match=r"zero wins.*one wins"):
+        tp.edit_network(
+            model, properties, method=method, time_limit=6, example_input=CENTER[None]
+        )
+    result = tp.edit_network(
+        model, properties, method=method, time_limit=6, example_input=CENTER[None],
+        raise_on_failure=False,
+    )  # fmt: skip
+    assert result.status is tp.Verdict.UNKNOWN
+    assert result.certificate is None
+
+
+class StubbornEditor(Editor):
+    """Claims an edit that proves nothing, then a good one, then is interrupted."""
+
+    name = "stubborn"
+
+    def candidates(self, problem: EditProblem, deadline):
+        yield Candidate({}, note="claims the unchanged network")
+        yield next(iter(EDITORS["one_shot"]().candidates(problem, deadline)))
+        raise KeyboardInterrupt
+
+
+def test_claims_are_not_believed_and_interrupts_keep_the_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(EDITORS, "stubborn", StubbornEditor)
+    model = network()
+    result = tp.edit_network(
+        model, violated(model, CENTER), method="stubborn", example_input=CENTER[None]
+    )
+    assert [a.certified for a in result.report.attempts] == [False, False, True]
+    assert result.status is tp.Verdict.CERTIFIED
+
+
+def test_bad_input_is_named() -> None:
+    model = network()
+    prop = violated(model, CENTER)
+    with pytest.raises(SpecError, match="method"):
+        tp.edit_network(model, prop, method="magic")
+    with pytest.raises(SpecError, match="norm"):
+        tp.edit_network(model, prop, norm="3")
+    with pytest.raises(SpecError, match="domain"):
+        tp.edit_network(model, prop, domain=(1.0, 0.0))
+    with pytest.raises(SpecError):
+        tp.edit_network(model, [])
+    with pytest.raises(SpecError):
+        tp.edit_network(network(sizes=(4, 5, 3)), prop, example_input=torch.zeros(1, 4))
+    with pytest.raises(SpecError, match="reference"):
+        tp.edit_network(model, prop, preserve=torch.full((4, 3), torch.nan))
+    broken = network()
+    with torch.no_grad():
+        broken[0].weight[0, 0] = torch.nan
+    with pytest.raises(ModelFormatError, match="NaN"):
+        tp.edit_network(broken, prop)
