@@ -11,7 +11,7 @@ of the gradient at its output, and is kept as these two factors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ __all__ = ["Metric", "behavior_metric", "euclidean_metric"]
 
 MAX_ROWS = 1000
 DENSE_BYTES = 1 << 30
+FLAT_ENTRIES = 60_000_000
+NEGLIGIBLE = 0.1
 
 
 class _Block(ABC):
@@ -93,57 +95,101 @@ class _DenseBlock(_Block):
         return (weights @ self.rows.flatten(1)).reshape(len(weights), *self.rows.shape[1:])
 
 
+class _Sketch(ABC):
+    """Sketch rows R (k, p) over a whole parameter vector."""
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """``R R'`` (k, k), float64."""
+
+    @abstractmethod
+    def times(self, rows: Tensor) -> Tensor:
+        """``rows R'``: (m, p) to (m, k), float32."""
+
+    @abstractmethod
+    def combine(self, weights: Tensor) -> Tensor:
+        """``weights R``: (m, k) to (m, p), float32."""
+
+
+@dataclass(frozen=True)
+class _BlockSketch(_Sketch):
+    """Rows parameter by parameter, outer products kept as factors."""
+
+    vector: ParameterVector
+    blocks: tuple[_Block, ...]
+
+    def gram(self) -> Tensor:
+        return torch.stack([block.gram().double() for block in self.blocks]).sum(dim=0)
+
+    def times(self, rows: Tensor) -> Tensor:
+        parts = self._split(rows.float())
+        return torch.stack([block.times(parts[block.name]) for block in self.blocks]).sum(dim=0)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        made = {block.name: block.combine(weights.float()).flatten(1) for block in self.blocks}
+        missing = torch.zeros(len(weights), 1)
+        return torch.cat(
+            [
+                made[name] if name in made else missing.expand(-1, shape.numel())
+                for name, shape in zip(self.vector.names, self.vector.shapes, strict=True)
+            ],
+            dim=1,
+        )
+
+    def _split(self, rows: Tensor) -> dict[str, Tensor]:
+        sizes = [shape.numel() for shape in self.vector.shapes]
+        named = zip(self.vector.names, self.vector.shapes, rows.split(sizes, dim=1), strict=True)
+        return {name: part.reshape(-1, *shape) for name, shape, part in named}
+
+
+@dataclass(frozen=True)
+class _FlatSketch(_Sketch):
+    """Rows (k, p), float32: the principal directions of a small network's sketch."""
+
+    rows: Tensor
+
+    def gram(self) -> Tensor:
+        return (self.rows @ self.rows.T).double()
+
+    def times(self, rows: Tensor) -> Tensor:
+        return rows.float() @ self.rows.T
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return weights.float() @ self.rows
+
+
 @dataclass(frozen=True)
 class Metric:
-    """``<a, b> = a' (damping I + R' R) b``; Euclidean when there are no sketch blocks.
+    """``<a, b> = a' (damping I + R' R) b``; Euclidean without a sketch R.
 
     Args:
-        vector: order of the parameters.
         damping: positive weight of the Euclidean part.
-        blocks: the sketch R (k, p) by parameter.
+        sketch: R (k, p).
         factor: Cholesky factor (k, k) of ``damping I + R R'``.
     """
 
-    vector: ParameterVector
     damping: float
-    blocks: tuple[_Block, ...] = ()
+    sketch: _Sketch | None = None
     factor: Tensor | None = None
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows M^-1``: (m, p) to (m, p), by Woodbury."""
-        if self.factor is None or not len(rows):
+        if self.sketch is None or self.factor is None or not len(rows):
             return rows / self.damping
-        inner = torch.cholesky_solve(self._times(rows).T.to(self.factor.dtype), self.factor).T
-        parts = {block.name: block.combine(inner.float()) for block in self.blocks}
-        spread = torch.cat(
-            [
-                parts[name].flatten(1) if name in parts else rows.new_zeros(len(rows), s.numel())
-                for name, s in zip(self.vector.names, self.vector.shapes, strict=True)
-            ],
-            dim=1,
-        )
-        return (rows - spread.to(rows.dtype)) / self.damping
+        inner = torch.cholesky_solve(self.sketch.times(rows).T.to(self.factor), self.factor).T
+        return (rows - self.sketch.combine(inner).to(rows)) / self.damping
 
     def norm_squared(self, delta: Tensor) -> float:
         """``delta' M delta`` of a vector (p,)."""
         value = self.damping * float(delta.square().sum())
-        if self.blocks:
-            value += float(self._times(delta[None]).double().square().sum())
+        if self.sketch is not None:
+            value += float(self.sketch.times(delta[None]).double().square().sum())
         return value
 
-    def _times(self, rows: Tensor) -> Tensor:
-        sizes = [shape.numel() for shape in self.vector.shapes]
-        parts = dict(zip(self.vector.names, rows.float().split(sizes, dim=1), strict=True))
-        shapes = dict(zip(self.vector.names, self.vector.shapes, strict=True))
-        total = rows.new_zeros(len(rows), 1, dtype=torch.float32)
-        for block in self.blocks:
-            total = total + block.times(parts[block.name].reshape(-1, *shapes[block.name]))
-        return total
 
-
-def euclidean_metric(vector: ParameterVector) -> Metric:
+def euclidean_metric() -> Metric:
     """The 2-norm."""
-    return Metric(vector, 1.0)
+    return Metric(1.0)
 
 
 def behavior_metric(
@@ -170,12 +216,22 @@ def behavior_metric(
     spread = float(reference.outputs.float().std(dim=0).mean()) if total > 1 else 1.0
     directions = directions / (max(spread, 1e-12) * count**0.5)
     blocks = _sketch(single, vector, reference.inputs[chosen].float(), directions)
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    for block in blocks:
-        gram += block.gram().double()
+    sketch: _Sketch = _BlockSketch(vector, tuple(blocks))
+    gram = sketch.gram()
     absolute = max(damping * float(gram.diagonal().sum()) / vector.count, 1e-30)
+    sketch = _principal(sketch, gram, absolute, vector.count)
+    gram = sketch.gram()
     gram.diagonal().add_(absolute)
-    return Metric(vector, absolute, tuple(blocks), torch.linalg.cholesky(gram))
+    return Metric(absolute, sketch, torch.linalg.cholesky(gram))
+
+
+def _principal(sketch: _Sketch, gram: Tensor, damping: float, count: int) -> _Sketch:
+    """The directions that weigh more than a tenth of the damping, when storing them is cheap."""
+    values, vectors = torch.linalg.eigh(gram)
+    kept = vectors[:, values > NEGLIGIBLE * damping]
+    if kept.shape[1] * count > FLAT_ENTRIES:
+        return sketch
+    return _FlatSketch(sketch.combine(kept.T))
 
 
 def _sketch(
@@ -283,5 +339,3 @@ def _unread(ref: ParameterRef, value: Tensor, shape: Sequence[int]) -> Tensor:
         back = back.permute(inverse)
     return back
 
-
-Parameters = Mapping[str, Tensor]

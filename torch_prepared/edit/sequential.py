@@ -101,7 +101,7 @@ class _Search:
         metric = (
             behavior_metric(problem.graph, vector, problem.reference, problem.options.seed, damping)
             if behavior
-            else euclidean_metric(vector)
+            else euclidean_metric()
         )
         return cls(
             problem,

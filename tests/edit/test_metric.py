@@ -1,0 +1,48 @@
+"""The behavior metric against per-sample gradients and dense linear algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from tests.helpers import NETWORKS
+from torch_prepared.edit import _metric
+from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.relax import evaluate_graph
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("flat", [True, False])
+def test_metric_equals_the_dense_gauss_newton_sketch(
+    name: str, flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_metric, "FLAT_ENTRIES", 10**9 if flat else 0)
+    monkeypatch.setattr(_metric, "NEGLIGIBLE", 0.0)
+    graph = NETWORKS[name]().to(torch.float32)
+    vector = ParameterVector.of(graph)
+    inputs = torch.randn(12, graph.input_size, generator=torch.Generator().manual_seed(0))
+    outputs = evaluate_graph(graph, inputs).flatten(1)
+    reference = Reference(inputs, outputs, None, "preserve")
+    metric = _metric.behavior_metric(graph, vector, reference, seed=3, damping=0.5)
+
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(12, generator=generator)
+    directions = torch.randn(12, graph.output_size, generator=generator)
+    theta = vector.flatten(graph.parameters).double()
+    exact = graph.to(torch.float64)
+
+    def response(t: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return evaluate_graph(exact, x[None], vector.split(t)).flatten() @ g
+
+    rows = vmap(grad(response), (None, 0, 0))(theta, inputs[order].double(), directions.double())
+    rows = rows / (float(outputs.std(dim=0).mean()) * 12**0.5)
+    dense = rows.T @ rows + metric.damping * torch.eye(vector.count, dtype=torch.float64)
+    assert metric.damping == pytest.approx(
+        0.5 * float(rows.square().sum()) / vector.count, rel=1e-4
+    )
+    delta = torch.randn(2, vector.count, generator=generator, dtype=torch.float64)
+    assert metric.norm_squared(delta[0]) == pytest.approx(float(delta[0] @ dense @ delta[0]), rel=1e-4)
+    solved = torch.linalg.solve(dense, delta.T).T
+    torch.testing.assert_close(metric.solve(delta), solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max()))
