@@ -188,7 +188,7 @@ def test_absence_names_the_installation_line(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     assert not lirpa_available()
-    with pytest.raises(MissingDependencyError, match="pip install --no-deps auto-LiRPA==0.3"):
+    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps auto-LiRPA==0\.3"):
         lirpa_bounds(nn.Linear(2, 2), Interval(torch.zeros(1, 2), torch.ones(1, 2)))
 
 

@@ -204,14 +204,14 @@ def published_smallest_change(
         above, below = cp.Variable(weight.shape), cp.Variable(weight.shape)
         for end in ends:
             rules += [above >= cp.multiply(weight, end), below <= cp.multiply(weight, end)]
-        u, l = cp.Variable(5), cp.Variable(5)
+        u, low = cp.Variable(5), cp.Variable(5)
         rules += [u >= 0, u >= cp.sum(above, axis=1) + bias]
         inner = cp.sum(below, axis=1) + bias
         active = node_boxes(graph, region)["linear1"].lower[0].numpy() >= 0
-        rules += [l <= cp.multiply(active, inner)]
+        rules += [low <= cp.multiply(active, inner)]
         merged = (row @ base["linear3.weight"])[0]
         shift = row[0] @ (base["linear3.bias"] + delta["linear3.bias"])
-        rules += [np.maximum(merged, 0) @ l + np.minimum(merged, 0) @ u + shift >= margin]
+        rules += [np.maximum(merged, 0) @ low + np.minimum(merged, 0) @ u + shift >= margin]
     problem = cp.Problem(cp.Minimize(sum(cp.sum(cp.abs(d)) for d in delta.values())), rules)
     return float(problem.solve(solver=cp.CLARABEL))
 
@@ -307,7 +307,7 @@ def test_shared_and_fixed_weights_are_refused() -> None:
     table = {n: p for n, p in graph.parameters.items() if not n.startswith("linear3")}
     shared = Graph(nodes, table, frozenset(table))
     assert editable_layers(shared) == ("linear5",)
-    with pytest.raises(UnsupportedOperationError, match="linear1: .*editable layers: linear5"):
+    with pytest.raises(UnsupportedOperationError, match=r"linear1: .*editable layers: linear5"):
         ParametricBounds(shared, "linear1")
     frozen = replace(graph, editable=frozenset())
     with pytest.raises(UnsupportedOperationError, match="editable layers: none"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch_prepared.specs import Box, LpBall, Property, SafeSet, VPolytope
 def network(seed: int = 0, sizes: tuple[int, ...] = (3, 12, 10, 3)) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for n, m in zip(sizes, sizes[1:], strict=False):
+    for n, m in pairwise(sizes):
         layer = nn.Linear(n, m)
         with torch.no_grad():
             layer.weight.copy_(torch.randn(m, n, generator=generator) / n**0.5)
@@ -149,9 +150,7 @@ def test_contradictory_properties_are_refused_by_name(method: str) -> None:
         Property(region, SafeSet.argmax(1, 3), "one wins"),
     ]
     with pytest.raises(InfeasibleEditError, match=r"zero wins.*one wins"):
-        tp.edit_network(
-            model, properties, method=method, time_limit=6, example_input=CENTER[None]
-        )
+        tp.edit_network(model, properties, method=method, time_limit=6, example_input=CENTER[None])
     result = tp.edit_network(
         model, properties, method=method, time_limit=6, example_input=CENTER[None],
         raise_on_failure=False,
@@ -179,7 +178,7 @@ def test_claims_are_not_believed_and_interrupts_keep_the_best(
     result = tp.edit_network(
         model, violated(model, CENTER), method="stubborn", example_input=CENTER[None]
     )
-    assert [a.certified for a in result.report.attempts] == [False, False, True]
+    assert [a.certified for a in result.report.attempts] == [False, True]
     assert result.status is tp.Verdict.CERTIFIED
 
 

@@ -43,6 +43,10 @@ def test_metric_equals_the_dense_gauss_newton_sketch(
         0.5 * float(rows.square().sum()) / vector.count, rel=1e-4
     )
     delta = torch.randn(2, vector.count, generator=generator, dtype=torch.float64)
-    assert metric.norm_squared(delta[0]) == pytest.approx(float(delta[0] @ dense @ delta[0]), rel=1e-4)
+    assert metric.norm_squared(delta[0]) == pytest.approx(
+        float(delta[0] @ dense @ delta[0]), rel=1e-4
+    )
     solved = torch.linalg.solve(dense, delta.T).T
-    torch.testing.assert_close(metric.solve(delta), solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max()))
+    torch.testing.assert_close(
+        metric.solve(delta), solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max())
+    )

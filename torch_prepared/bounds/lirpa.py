@@ -39,6 +39,7 @@ _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
     TypeError, ValueError,
 )  # fmt: skip
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _NAMES = {
     "IBP": "IBP",
     "CROWN": "CROWN",
@@ -107,16 +108,31 @@ def lirpa_bounds(
     return Interval.checked(lower.detach(), upper.detach(), f"auto_LiRPA's {method} result")
 
 
-def _bounded(library: types.ModuleType, module: nn.Module, example: Tensor) -> Any:  # noqa: ANN401
+def _bounded(library: types.ModuleType, module: nn.Module, example: Tensor) -> Any:
     """auto_LiRPA's form of a private copy of ``module``."""
     private = copy.deepcopy(module).eval()
+    for name, part in list(private.named_modules()):
+        if name and isinstance(part, _DROPOUTS):  # the library samples them even in evaluation mode
+            private.set_submodule(name, nn.Identity())
+    # In 0.3 the compact form of convolutions fails on batches (storage out of bounds).
+    old = library.__version__ == "0.3"
+    options = {"conv_mode": "matrix"} if old else {}
+    example = torch.zeros_like(example)
     try:
         with _expected_names(), _quiet():
-            return library.BoundedModule(
-                private, torch.zeros_like(example), device=example.device, verbose=False
+            bounded = library.BoundedModule(
+                private, example, bound_opts=options, device=example.device, verbose=False
             )
     except _FAILURES as error:
         raise _refusal("trace", type(module).__name__, error) from error
+    if old:
+        members = bounded._named_members
+
+        def named_members(*arguments: Any, remove_duplicate: bool = True, **more: Any) -> Any:
+            return members(*arguments, **more)  # 0.3 does not know the newer argument
+
+        bounded._named_members = named_members
+    return bounded
 
 
 def _refusal(step: str, what: str, error: Exception) -> UnsupportedOperationError:
@@ -180,12 +196,12 @@ def _set_opset_version(version: int) -> None:
     GLOBALS.export_onnx_opset_version = version
 
 
-def _optimize_graph(*arguments: object, **options: object) -> object:
+def _optimize_graph(*arguments: Any, **options: Any) -> object:
     from torch.onnx._internal.torchscript_exporter import utils
 
-    return utils._optimize_graph(*arguments, **options)  # type: ignore[arg-type]
+    return utils._optimize_graph(*arguments, **options)
 
 
 def _attribute(node: torch._C.Node, name: str) -> object:
     """The attribute ``name`` of a traced operation, whatever its kind."""
-    return getattr(node, node.kindOf(name))(name)  # type: ignore[attr-defined]
+    return getattr(node, node.kindOf(name))(name)

@@ -12,13 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torch_prepared.bounds import PropertyBatch
+from torch_prepared.bounds import PropertyBatch, bound_nodes, bound_rows
+from torch_prepared.bounds.cost import crown_flops
 from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
+from torch_prepared.core.interval import Interval
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.errors import SpecError
 from torch_prepared.specs import Property
+
+CROWN_BUDGET = 2e11  #: operations of backward passes worth spending on one network
 
 __all__ = ["Candidate", "EditOptions", "EditProblem", "Editor", "Norm"]
 
@@ -87,10 +91,28 @@ class EditProblem:
         """The properties, batched, in float64."""
         return PropertyBatch.of(self.properties)
 
+    @cached_property
+    def tightens(self) -> bool:
+        """Whether backward passes for every value are affordable, judged by their arithmetic."""
+        return crown_flops(self.exact) * len(self.properties) < CROWN_BUDGET
+
+    @cached_property
+    def boxes(self) -> dict[str, Interval]:
+        """Intervals of every node's value over every region, for the original weights."""
+        with torch.no_grad():
+            return bound_nodes(self.exact, self.batch.regions, tighten=self.tightens)
+
+    @cached_property
+    def row_bounds(self) -> Tensor:
+        """Lower bounds (b, s) of every property's rows for the original weights."""
+        with torch.no_grad():
+            bound = bound_rows(self.exact, self.batch.regions, self.boxes, self.batch.rows)
+        return bound.lower + self.batch.offset
+
     def store(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters rounded to the dtype and moved to the device they are stored in."""
+        """Copies rounded to the dtype, and on the device, that the parameters are stored in."""
         return {
-            name: value.detach().to(self.graph.parameters[name])
+            name: value.detach().to(self.graph.parameters[name], copy=True)
             for name, value in parameters.items()
         }
 
@@ -102,7 +124,6 @@ class Candidate:
     Args:
         parameters: by name.
         note: one line for people.
-        tighten: values whose intervals the proof must tighten; None means all that help.
         proofs: one proof tree per property; None lets the driver find single-leaf proofs.
         editor: name of the editor that made it; empty means the one that was asked.
         details: numbers for the report.
@@ -110,7 +131,6 @@ class Candidate:
 
     parameters: Mapping[str, Tensor]
     note: str
-    tighten: tuple[str, ...] | None = None
     proofs: tuple[ProofTree, ...] | None = None
     editor: str = ""
     details: Mapping[str, float] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.specs import Property
 
-__all__ = ["Certified", "certify_network", "prove"]
+__all__ = ["Certified", "certify_network", "prove", "within_clauses"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prove(
                 if margins[i] > 0 or now[i] <= margins[i]:
                     continue
                 margins[i] = now[i]
-                found[i] = ProofTree.leaf(_within_clauses(prop, best[i].tolist()), tighten=plan)
+                found[i] = ProofTree.leaf(within_clauses(prop, best[i].tolist()), tighten=plan)
             if bool((margins > 0).all()):
                 break
     first = [ProofTree.leaf([0] * len(p.safe.clauses)) for p in properties]
@@ -82,7 +82,7 @@ def certify_network(
     return Certified(certificate, check_certificate(certificate, record, claims, time_limit=limit))
 
 
-def _within_clauses(prop: Property, best: list[int]) -> list[int]:
+def within_clauses(prop: Property, best: list[int]) -> list[int]:
     """Positions in the concatenated rows to positions in each clause."""
     starts, total = [], 0
     for rows, _ in prop.safe.clauses:

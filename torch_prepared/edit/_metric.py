@@ -338,4 +338,3 @@ def _unread(ref: ParameterRef, value: Tensor, shape: Sequence[int]) -> Tensor:
             inverse[axis] = position
         back = back.permute(inverse)
     return back
-

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from torch_prepared.bounds import ParametricBounds, bound_nodes, bound_rows, editable_layers
-from torch_prepared.bounds.cost import crown_flops
 from torch_prepared.bounds.crown import tightened_names
+from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rows import Floats
 from torch_prepared.edit._base import Candidate, Editor, EditProblem, Norm
+from torch_prepared.edit._certify import within_clauses
 from torch_prepared.edit._margin import aimed_margin
 from torch_prepared.errors import InfeasibleEditError, SpecError
 from torch_prepared.solvers import Solution, Status, minimize_norm, solve
@@ -33,10 +34,10 @@ __all__ = ["OneShotEditor"]
 logger = logging.getLogger(__name__)
 
 SIGN_ROUNDS = 8
+PARTIAL_ROUNDS = 2  #: afterwards every weight gets its own column and no sign can surprise
 MARGIN_ROUNDS = 4
 EXACT_WEIGHTS = 4096
 MAX_ROW_ENTRIES = 30_000_000
-CROWN_BUDGET = 4e11
 
 
 @dataclass
@@ -55,7 +56,7 @@ class OneShotEditor(Editor):
             )
         layers = self._layers(problem)
         boxes = self._boxes(problem)
-        picks = choose_rows(problem, boxes)
+        picks = _choose_rows(problem)
         failures: list[str] = []
         found = False
         spent = 0.0
@@ -89,11 +90,8 @@ class OneShotEditor(Editor):
 
     def _boxes(self, problem: EditProblem) -> list[dict[str, Interval]]:
         """Intervals of every node, one dict per property."""
-        tighten = self._tightens(problem)
-        with torch.no_grad():
-            boxes = bound_nodes(problem.exact, problem.batch.regions, tighten=tighten)
         return [
-            {name: box[i : i + 1] for name, box in boxes.items()}
+            {name: box[i : i + 1] for name, box in problem.boxes.items()}
             for i in range(len(problem.properties))
         ]
 
@@ -102,7 +100,7 @@ class OneShotEditor(Editor):
         problem: EditProblem,
         layer: str,
         boxes: list[dict[str, Interval]],
-        picks: list[tuple[Floats, Floats]],
+        picks: list[_Pick],
         deadline: Deadline,
     ) -> Candidate:
         """The smallest change of one layer; a larger margin when rounding ate the first."""
@@ -118,28 +116,26 @@ class OneShotEditor(Editor):
             if self._holds(problem, layer, boxes, picks, stored):
                 break
             margin *= 8
+        before = self._before(problem, layer)
         return Candidate(
             stored,
             note=f"one LP over {layer}",
-            tighten=self._before(problem, layer),
+            proofs=tuple(ProofTree.leaf(pick.clause_rows, tighten=before) for pick in picks),
             details={"objective": solution.objective, "solver_seconds": solution.seconds},
         )
 
     def _before(self, problem: EditProblem, layer: str) -> tuple[str, ...]:
         """Values before the layer whose intervals the program took from backward passes."""
         order = [node.name for node in problem.exact.nodes]
-        before = set(order[: order.index(layer)]) if self._tightens(problem) else set()
+        before = set(order[: order.index(layer)]) if problem.tightens else set()
         return tuple(name for name in tightened_names(problem.exact) if name in before)
-
-    def _tightens(self, problem: EditProblem) -> bool:
-        return crown_flops(problem.exact) * len(problem.properties) < CROWN_BUDGET
 
     def _solve(
         self,
         problem: EditProblem,
         layer: str,
         boxes: list[dict[str, Interval]],
-        picks: list[tuple[Floats, Floats]],
+        picks: list[_Pick],
         margin: float,
         deadline: Deadline,
     ) -> tuple[dict[str, Floats], Solution]:
@@ -148,10 +144,12 @@ class OneShotEditor(Editor):
         weight = problem.exact.node(layer).params["weight"]
         base = weight.read(problem.exact.parameters).detach().reshape(-1).numpy()
         exact = np.full(base.shape, len(base) <= EXACT_WEIGHTS)
-        for _ in range(SIGN_ROUNDS):
+        for attempt in range(SIGN_ROUNDS):
             bounds = ParametricBounds(problem.exact, layer, exact=exact)
-            for i, (rows, offset) in enumerate(picks):
-                bounds.add_property(boxes[i], rows, offset, margin, tag=f"p{i}")
+            ends = []
+            for i, pick in enumerate(picks):
+                bounds.add_property(boxes[i], pick.rows, pick.offset, margin, tag=f"p{i}")
+                ends.append(bounds.builder.count)
             rows_now = bounds.rows()
             if rows_now.entries > MAX_ROW_ENTRIES:
                 raise InfeasibleEditError(f"needs {rows_now.entries} row entries, too many")
@@ -165,7 +163,7 @@ class OneShotEditor(Editor):
                 threads=options.threads,
             )
             if solution.status is Status.INFEASIBLE:
-                raise InfeasibleEditError(_conflict(problem, bounds))
+                raise InfeasibleEditError(_conflict(problem, layer, ends, solution))
             if not solution.status.has_point or solution.x is None:
                 raise InfeasibleEditError(
                     f"solver stopped: {solution.status.value}, {solution.message}"
@@ -181,7 +179,7 @@ class OneShotEditor(Editor):
             flipped = (np.sign(after) * np.where(base < 0, -1.0, 1.0) < 0) & ~exact
             if not flipped.any():
                 break
-            exact = exact | flipped
+            exact = exact | flipped | (attempt >= PARTIAL_ROUNDS)
         return deltas, solution
 
     def _holds(
@@ -189,14 +187,14 @@ class OneShotEditor(Editor):
         problem: EditProblem,
         layer: str,
         boxes: list[dict[str, Interval]],
-        picks: list[tuple[Floats, Floats]],
+        picks: list[_Pick],
         stored: Mapping[str, Tensor],
     ) -> bool:
         """Whether interval propagation after the layer proves the rows for the stored weights."""
         changed = {name: value.double().cpu() for name, value in stored.items()}
         order = [node.name for node in problem.exact.nodes]
         fixed = order[: order.index(layer)]
-        for i, (rows, offset) in enumerate(picks):
+        for i, pick in enumerate(picks):
             region = problem.batch.regions[i : i + 1]
             known = {name: boxes[i][name] for name in fixed}
             with torch.no_grad():
@@ -204,30 +202,39 @@ class OneShotEditor(Editor):
                     problem.exact, region, parameters=changed, tighten=False, known=known
                 )
                 lower = bound_rows(
-                    problem.exact, region, after, torch.from_numpy(rows)[None],
+                    problem.exact, region, after, torch.from_numpy(pick.rows)[None],
                     parameters=changed, shallow=True,
                 ).lower  # fmt: skip
-            if not bool((lower[0] + torch.from_numpy(offset) > 0).all()):
+            if not bool((lower[0] + torch.from_numpy(pick.offset) > 0).all()):
                 return False
         return True
 
 
-def choose_rows(
-    problem: EditProblem, boxes: list[dict[str, Interval]]
-) -> list[tuple[Floats, Floats]]:
-    """Per property the likeliest row of each clause: ``(rows (k, m), offset (k,))``."""
+@dataclass(frozen=True)
+class _Pick:
+    """One row of each clause of a property: (k, m), (k,), and its position in its clause."""
+
+    rows: Floats
+    offset: Floats
+    clause_rows: list[int]
+
+
+def _choose_rows(problem: EditProblem) -> list[_Pick]:
+    """The rows likeliest to hold: those with the best bounds for the original weights."""
     chosen = []
+    best = problem.batch.best_rows(problem.row_bounds)
     for i, prop in enumerate(problem.properties):
-        one = problem.batch[i : i + 1]
-        with torch.no_grad():
-            bound = bound_rows(problem.exact, one.regions, boxes[i], one.rows)
-        best = one.best_rows(bound.lower + one.offset)[0]
-        best = best[best >= 0][: len(prop.safe.clauses)]
-        chosen.append((one.rows[0, best].numpy(), one.offset[0, best].numpy()))
+        index = best[i, : len(prop.safe.clauses)]
+        rows, offset = problem.batch.rows[i, index], problem.batch.offset[i, index]
+        chosen.append(_Pick(rows.numpy(), offset.numpy(), within_clauses(prop, index.tolist())))
     return chosen
 
 
-def _conflict(problem: EditProblem, bounds: ParametricBounds) -> str:
-    """Why a program is infeasible, for people."""
-    names = ", ".join(p.name for p in problem.properties)
-    return f"no change of {bounds.layer} and later biases satisfies together: {names}"
+def _conflict(problem: EditProblem, layer: str, ends: list[int], solution: Solution) -> str:
+    """Why a program is infeasible: the properties whose rows the Farkas ray uses."""
+    names = [prop.name for prop in problem.properties]
+    if solution.ray is not None:
+        used = np.flatnonzero(np.abs(solution.ray) > 1e-9 * np.abs(solution.ray).max())
+        owners = np.searchsorted(ends, used[used < ends[-1]], side="right")
+        names = [names[i] for i in np.unique(owners)] or names
+    return f"no change of {layer} and later biases satisfies together: {', '.join(names)}"

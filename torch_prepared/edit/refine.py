@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_prepared.bounds.branch import LeafEngine, SplitTree
+from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.bounds.engine import leaf_engine
 from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
@@ -328,12 +329,9 @@ def _reference(problem: EditProblem, inputs: Tensor) -> Reference:
 
 def _proof(tree: SplitTree, problem: EditProblem) -> ProofTree:
     """The split tree as the checker reads it, every leaf tightened."""
-    from torch_prepared.bounds.crown import tightened_names
-
     dim, value, left, right, rows = tree.links()
-    starts = np.zeros(rows.shape[1], dtype=np.int64)
     sizes = np.bincount(tree.batch.clause[0].numpy(), minlength=rows.shape[1])
-    starts[1:] = np.cumsum(sizes)[:-1]
+    starts = np.cumsum(sizes) - sizes
     proof, _ = ProofTree.from_links(
         dim, value, left, right, rows - starts, plan=tightened_names(problem.exact)
     )
