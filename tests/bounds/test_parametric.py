@@ -37,30 +37,25 @@ def node_boxes(graph: Graph, region: Box, tighten: bool = True) -> Boxes:
     return bound_nodes(graph, RegionBatch.of(region), tighten=tighten)
 
 
-def extreme(bounds: ParametricBounds, columns: Floats, change: dict[str, Floats]) -> Floats:
-    """Largest value of each column (k,) over all unknowns with the changes fixed."""
-    rows = bounds.rows()
-    lower, upper = bounds.unknowns.lower, bounds.unknowns.upper
-    for name, block in bounds.deltas.items():
-        lower[block.columns] = upper[block.columns] = change.get(name, 0.0)
-    assert not rows.equal.any()
-    found = []
-    for column in columns:
-        cost = np.zeros(bounds.unknowns.count)
-        cost[abs(column)] = -1.0 if column >= 0 else 1.0
-        result = linprog(
-            cost, -rows.matrix, -rows.rhs, bounds=np.stack([lower, upper], 1), method="highs"
-        )
-        assert result.status == 0, result.message
-        found.append(-result.fun)
-    return np.array(found)
-
-
 def tightest(
     bounds: ParametricBounds, low: Floats, high: Floats, change: dict[str, Floats]
 ) -> tuple[Floats, Floats]:
-    """Largest lower and smallest upper bounds, each found by an LP of its own."""
-    return extreme(bounds, low, change), -extreme(bounds, -high, change)
+    """Largest values of columns ``low`` and smallest of ``high``, each by an LP of its own."""
+    rows = bounds.rows()
+    assert not rows.equal.any()
+    lower, upper = bounds.unknowns.lower, bounds.unknowns.upper
+    for name, block in bounds.deltas.items():
+        lower[block.columns] = upper[block.columns] = change.get(name, 0.0)
+    ends = np.stack([lower, upper], axis=1)
+
+    def minimum(column: int, sign: float) -> float:
+        cost = np.zeros(bounds.unknowns.count)
+        cost[column] = sign
+        result = linprog(cost, -rows.matrix, -rows.rhs, bounds=ends, method="highs")
+        assert result.status == 0, result.message
+        return sign * result.fun
+
+    return np.array([minimum(c, -1.0) for c in low]), np.array([minimum(c, 1.0) for c in high])
 
 
 def random_change(
@@ -89,7 +84,7 @@ def changed_outputs(graph: Graph, change: dict[str, Floats], x: torch.Tensor) ->
     seed=st.integers(0, 10**6),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_rows_enclose_the_outputs_at_any_weights(
     name: str, op: str, kind: str, seed: int, data: st.DataObject
 ) -> None:
@@ -170,7 +165,7 @@ def violated_edit(seed: int) -> tuple[Graph, list[Box], Floats, float]:
     regions = random_boxes(3, 2, seed, 0.3)
     row = np.array([[1.0, -1.0, 0.0]])
     worst = max(
-        float((evaluate_graph(graph, r.sample(50, torch.Generator())) @ row.T).max())
+        (evaluate_graph(graph, r.sample(50, torch.Generator())).numpy() @ row.T).max()
         for r in regions
     )
     return graph, regions, row, worst + 0.5
@@ -261,51 +256,43 @@ def test_solved_edits_hold_on_samples(name: str) -> None:
             assert (y @ row.T >= 0.2 - 1e-5).all()
 
 
+def rewired(graph: Graph, name: str, role: str, source: str) -> Graph:
+    """``graph`` with a node reading another node's parameter in the same role."""
+    ref = graph.node(source).params[role]
+    nodes = (
+        replace(n, params={**n.params, role: ref}) if n.name == name else n for n in graph.nodes
+    )
+    return replace(graph, nodes=tuple(nodes))
+
+
 def test_a_bias_read_before_the_layer_stays_fixed() -> None:
     """Its change would move the boxes that the rows take as given."""
-    graph = mlp((4, 4, 4, 3))
-    nodes = tuple(
-        replace(n, params={**n.params, "bias": graph.nodes[1].params["bias"]})
-        if n.name == "linear5"
-        else replace(n, params={**n.params, "bias": graph.nodes[3].params["bias"]})
-        if n.name == "linear3"
-        else n
-        for n in graph.nodes
-    )
-    nodes = tuple(
-        replace(n, shape=(4,), params={**n.params, "weight": graph.nodes[3].params["weight"]})
-        if n.name == "linear5"
-        else n
-        for n in nodes
-    )
-    table = {n: p for n, p in graph.parameters.items() if not n.startswith("linear5")}
-    shared = Graph(nodes, {**table, "own": torch.eye(4).double()}, frozenset([*table, "own"]))
-    nodes = tuple(
-        replace(n, params={**n.params, "weight": replace(n.params["weight"], name="own")})
-        if n.name == "linear5"
-        else n
-        for n in shared.nodes
-    )
-    shared = replace(shared, nodes=nodes)
-    assert set(ParametricBounds(shared, "linear3").deltas) == {"linear3.weight", "linear3.bias"}
-    assert set(ParametricBounds(shared, "linear1").deltas) == {
-        "linear1.weight",
-        "linear1.bias",
-        "linear3.bias",
-    }
-    assert set(ParametricBounds(shared, "linear1", biases=False).deltas) == {
-        "linear1.weight",
-        "linear1.bias",
-    }
+    graph = rewired(mlp((4, 4, 4, 4)), "linear5", "bias", "linear1")
+    assert set(ParametricBounds(graph, "linear3").deltas) == {"linear3.weight", "linear3.bias"}
+    every = {"linear1.weight", "linear1.bias", "linear3.bias"}  # both readers of linear1.bias move
+    assert set(ParametricBounds(graph, "linear1").deltas) == every
+    own = {"linear1.weight", "linear1.bias"}
+    alone = ParametricBounds(mlp((4, 4, 4, 4)), "linear1", biases=False)
+    assert set(alone.deltas) == own
+
+
+@pytest.mark.parametrize("layer", ["linear1", "linear3"])
+def test_a_shared_bias_is_followed_to_all_its_readers(layer: str) -> None:
+    graph = rewired(mlp((4, 4, 4, 4)), "linear5", "bias", "linear1")
+    bounds = ParametricBounds(graph, layer)
+    region = random_boxes(4, 1, 3, 0.4)[0]
+    low, high = bounds.add_enclosure(node_boxes(graph, region), "r")
+    for seed in range(3):
+        change = random_change(bounds, "large", np.random.default_rng(seed))
+        lower, upper = tightest(bounds, low.columns, high.columns, change)
+        y = changed_outputs(bounds.graph, change, region.sample(300, torch.Generator()))
+        assert (lower <= y.min(0) + 1e-6).all()
+        assert (upper >= y.max(0) - 1e-6).all()
 
 
 def test_shared_and_fixed_weights_are_refused() -> None:
     graph = mlp((4, 4, 4, 3))
-    nodes = tuple(
-        replace(n, params=graph.nodes[1].params) if n.name == "linear3" else n for n in graph.nodes
-    )
-    table = {n: p for n, p in graph.parameters.items() if not n.startswith("linear3")}
-    shared = Graph(nodes, table, frozenset(table))
+    shared = rewired(graph, "linear3", "weight", "linear1")
     assert editable_layers(shared) == ("linear5",)
     with pytest.raises(UnsupportedOperationError, match=r"linear1: .*editable layers: linear5"):
         ParametricBounds(shared, "linear1")

@@ -118,20 +118,25 @@ class Chain:
                 raise SpecError(
                     f"{what}: got {got.shape[-1]} numbers; expected {expected}, as the network has"
                 )
-        tight = outward(box.lower.detach().cpu(), box.upper.detach().cpu(), self.dtype)
-        ends: tuple[Tensor | None, Tensor | None] = (None, None)
-        if known is not None:
-            wide = outward(known.lower.detach().cpu(), known.upper.detach().cpu(), self.dtype)
-            ends = wide.lower, wide.upper
+        tight = self._rounded(box)
+        wide = None if known is None else self._rounded(known)
         values, inputs, lower, upper = ops.chain_bounds(
             tight.lower,
             tight.upper,
             self.weights,
             self.biases,
             rows.detach().to("cpu", self.dtype),
-            *ends,
+            None if wide is None else wide.lower,
+            None if wide is None else wide.upper,
         )
         return ChainBounds(values, inputs, Interval(lower, upper))
+
+    def _rounded(self, box: Interval) -> Interval:
+        """The box in the chain's dtype on the CPU, rounded outward where that changes it."""
+        lower, upper = box.lower.detach().cpu(), box.upper.detach().cpu()
+        if lower.dtype == upper.dtype == self.dtype:
+            return Interval(lower, upper)
+        return outward(lower, upper, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Operator(Protocol):
         """Bounds (b, size) of the output and a relaxation valid on the inputs' enclosures."""
 
     def contested(self, inputs: Enclosure) -> BoolArray:
-        """Which entries (n,) of the input have a looser relaxation than a tighter interval."""
+        """Which entries (b, n) of the input a tighter interval would help."""
 
 
 class Affine:
@@ -211,7 +211,7 @@ class Affine:
 
     def contested(self, inputs: Enclosure) -> BoolArray:
         """See :class:`Operator`: an affine operator is never relaxed."""
-        return np.zeros(inputs.lower.shape[1], dtype=np.bool_)
+        return np.zeros(inputs.lower.shape, dtype=np.bool_)
 
 
 def _total(parts: Sequence[FloatArray]) -> FloatArray:
@@ -278,7 +278,7 @@ class Activation:
 
     def contested(self, inputs: Enclosure) -> BoolArray:
         """See :class:`Operator`."""
-        needed: BoolArray = ~np.all(self.facts.is_linear_on(inputs.lower, inputs.upper), axis=0)
+        needed: BoolArray = ~self.facts.is_linear_on(inputs.lower, inputs.upper)
         return needed
 
 
@@ -342,7 +342,7 @@ class MaxPool:
 
     def contested(self, inputs: Enclosure) -> BoolArray:
         """See :class:`Operator`: every entry may decide a window."""
-        return np.ones(inputs.lower.shape[1], dtype=np.bool_)
+        return np.ones(inputs.lower.shape, dtype=np.bool_)
 
 
 class _PoolRelaxation:

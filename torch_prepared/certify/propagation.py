@@ -88,23 +88,33 @@ class Propagation:
         self.enclosures[name] = Enclosure(low, high)
 
     def _tighten(self, name: str) -> None:
-        """Intersect the enclosure of ``name`` with backward bounds of its contested entries."""
+        """Intersect the enclosure of ``name`` with backward bounds of its contested entries.
+
+        Each box has its own contested entries, so that its bounds do not depend on the batch that
+        it is in. Boxes with fewer than others compute some entries for nothing.
+        """
         box = self.enclosures[name]
-        contested = np.zeros(box.lower.shape[1], dtype=np.bool_)
+        contested = np.zeros(box.lower.shape, dtype=np.bool_)
         for reader in self._network.operators:
             if name in reader.sources:
                 contested |= reader.contested(box)
-        entries = np.flatnonzero(contested)
+        width = int(contested.sum(axis=1).max(initial=0))
+        entries = np.argsort(~contested, axis=1, kind="stable")[:, :width]
         low, high = box.lower.copy(), box.upper.copy()
         step = max(_FEWEST_ROWS, _ROW_BUDGET // (2 * len(low) * self._workspace(name)))
-        for start in range(0, entries.size, step):
-            part = entries[start : start + step]
-            rows = np.zeros((1, 2 * part.size, low.shape[1]))
-            rows[0, np.arange(part.size), part] = 1.0
-            rows[0, np.arange(part.size) + part.size, part] = -1.0
-            bounds = self.lower_bounds(name, rows, np.zeros((1, 2 * part.size)))
-            low[:, part] = np.maximum(low[:, part], bounds[:, : part.size])
-            high[:, part] = np.minimum(high[:, part], -bounds[:, part.size :])
+        for start in range(0, width, step):
+            part = entries[:, start : start + step]
+            rows = np.zeros((len(low), 2 * part.shape[1], low.shape[1]))
+            np.put_along_axis(rows[:, : part.shape[1]], part[:, :, None], 1.0, axis=2)
+            np.put_along_axis(rows[:, part.shape[1] :], part[:, :, None], -1.0, axis=2)
+            found = self.lower_bounds(name, rows, np.zeros((1, 2 * part.shape[1])))
+            below, above = found[:, : part.shape[1]], -found[:, part.shape[1] :]
+            wanted = np.take_along_axis(contested, part, axis=1)
+            old_low, old_high = (np.take_along_axis(end, part, axis=1) for end in (low, high))
+            below = np.where(wanted, np.maximum(old_low, below), old_low)
+            above = np.where(wanted, np.minimum(old_high, above), old_high)
+            np.put_along_axis(low, part, below, axis=1)
+            np.put_along_axis(high, part, above, axis=1)
         self._accept(name, (np.minimum(low, high), np.maximum(low, high)), {})
 
     def _workspace(self, name: str) -> int:
