@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 
@@ -218,8 +219,6 @@ class TestGraphModule:
         assert len(list(module.parameters())) == 6
 
     def test_copies_share_nothing(self) -> None:
-        import copy
-
         module = GraphModule(mlp()).eval()
         twin = copy.deepcopy(module)
         assert not twin.training

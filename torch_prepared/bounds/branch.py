@@ -26,6 +26,7 @@ from torch_prepared.core.interval import Interval
 __all__ = ["LeafBounds", "LeafEngine", "SplitTree"]
 
 FIRST_CAPACITY = 1024
+DETACHED = -2  #: split axis of nodes that are no longer part of the tree
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -69,13 +70,13 @@ class SplitTree:
     @property
     def leaves(self) -> Integers:
         """Positions of all leaves."""
-        return np.flatnonzero(self._dim[: self.count] < 0)
+        return np.flatnonzero(self._dim[: self.count] == -1)
 
     @property
     def open(self) -> Integers:
         """Positions of the leaves that are not proved, largest first in creation order."""
         dim, margin = self._dim[: self.count], self._margin[: self.count]
-        return np.flatnonzero((dim < 0) & ~(margin > self.slack))
+        return np.flatnonzero((dim == -1) & ~(margin > self.slack))
 
     @property
     def proved(self) -> bool:
@@ -139,6 +140,27 @@ class SplitTree:
             array[side, axis] = middle
             self._dim[side], self._margin[side] = -1, -np.inf
         return np.concatenate([left, left + 1])
+
+    def coarsen(self, engine: LeafEngine, chunk: int = 4096) -> None:
+        """Undo splits that are no longer needed: a node proved whole becomes a leaf again.
+
+        Weights that changed after the splits were made often need far fewer of them.
+        """
+        candidates = self._parents_of_leaves()
+        untried = np.ones(self.count, dtype=bool)
+        while len(candidates):
+            untried[candidates] = False
+            self.bound(engine, candidates, chunk)
+            merged = candidates[self._margin[candidates] > self.slack]
+            self._dim[self._left[merged]] = self._dim[self._left[merged] + 1] = DETACHED
+            self._dim[merged] = -1
+            candidates = self._parents_of_leaves()
+            candidates = candidates[untried[candidates]]
+
+    def _parents_of_leaves(self) -> Integers:
+        inner = np.flatnonzero(self._dim[: self.count] >= 0)
+        left = self._left[inner]
+        return inner[(self._dim[left] == -1) & (self._dim[left + 1] == -1)]
 
     def links(self) -> tuple[Integers, Floats, Integers, Integers, Integers]:
         """``(split_dim, split_value, left, right, rows)`` by node, for a proof tree."""

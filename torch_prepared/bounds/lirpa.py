@@ -5,6 +5,7 @@ newer NumPy and PyTorch releases dropped; they are supplied here while it is imp
 module, and taken away again afterwards.
 
 Bounds from here are evidence, not proof: what is certified is what the certificate checker replays.
+Release 0.3 is known to be wrong on indexing that repeats a scalar (a bound above sampled outputs).
 
 Source: Xu et al., "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond"
 (NeurIPS 2020); Xu et al., "Fast and Complete: Enabling Complete Neural Network Verification with
@@ -35,6 +36,7 @@ __all__ = ["LirpaMethod", "lirpa_available", "lirpa_bounds"]
 LirpaMethod = Literal["IBP", "CROWN", "CROWN-IBP", "alpha-CROWN"]
 
 _INSTALL = "pip install --no-deps auto-LiRPA==0.3 appdirs pyyaml"
+_EXPORTER = "torch.onnx._internal.torchscript_exporter"
 _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
     TypeError, ValueError,
@@ -191,15 +193,14 @@ def _expected_names() -> Iterator[None]:
 
 
 def _set_opset_version(version: int) -> None:
-    from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
-
-    GLOBALS.export_onnx_opset_version = version
+    state = importlib.import_module(f"{_EXPORTER}._globals").GLOBALS
+    state.export_onnx_opset_version = version
 
 
 def _optimize_graph(*arguments: Any, **options: Any) -> object:
-    from torch.onnx._internal.torchscript_exporter import utils
-
-    return utils._optimize_graph(*arguments, **options)
+    utils = importlib.import_module(f"{_EXPORTER}.utils")
+    optimized: object = utils._optimize_graph(*arguments, **options)
+    return optimized
 
 
 def _attribute(node: torch._C.Node, name: str) -> object:

@@ -146,6 +146,7 @@ class _Refinement:
             for _ in range(ROUNDS):
                 self._grow()
                 if all(site.tree.proved for site in self.sites):
+                    self._coarsen()
                     yield self.theta
                     return
                 if self.deadline.over:
@@ -250,6 +251,13 @@ class _Refinement:
                 "grow: %d leaves, %d open, volume %g",
                 len(site.tree.leaves), len(site.tree.open), site.tree.volume(site.tree.open),
             )  # fmt: skip
+
+    def _coarsen(self) -> None:
+        """Drop splits that the edited network does not need."""
+        for site, engine in zip(self.sites, self._engines(self.theta), strict=True):
+            before = len(site.tree.leaves)
+            site.tree.coarsen(engine)
+            logger.info("coarsen: %d of %d leaves remain", len(site.tree.leaves), before)
 
     def _violated_leaves(self) -> bool:
         """Whether a leaf's center has a low margin; such centers become points."""
