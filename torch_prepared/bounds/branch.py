@@ -11,6 +11,7 @@ bound, follows Wang et al., "Formal Security Analysis of Neural Networks using S
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from torch_prepared.core.interval import Interval
 __all__ = ["LeafBounds", "LeafEngine", "SplitTree"]
 
 FIRST_CAPACITY = 1024
+_ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis")
 DETACHED = -2  #: split axis of nodes that are no longer part of the tree
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -141,6 +143,13 @@ class SplitTree:
             self._dim[side], self._margin[side] = -1, -np.inf
         return np.concatenate([left, left + 1])
 
+    def copy(self) -> SplitTree:
+        """An independent tree with the same nodes."""
+        other = copy.copy(self)
+        for name in _ARRAYS:
+            setattr(other, name, getattr(self, name)[: self.count].copy())
+        return other
+
     def coarsen(self, engine: LeafEngine, chunk: int = 4096) -> None:
         """Undo splits that are no longer needed: a node proved whole becomes a leaf again.
 
@@ -160,7 +169,8 @@ class SplitTree:
     def _parents_of_leaves(self) -> Integers:
         inner = np.flatnonzero(self._dim[: self.count] >= 0)
         left = self._left[inner]
-        return inner[(self._dim[left] == -1) & (self._dim[left + 1] == -1)]
+        alone: Integers = inner[(self._dim[left] == -1) & (self._dim[left + 1] == -1)]
+        return alone
 
     def links(self) -> tuple[Integers, Floats, Integers, Integers, Integers]:
         """``(split_dim, split_value, left, right, rows)`` by node, for a proof tree."""
@@ -193,7 +203,7 @@ class SplitTree:
         if self.count <= size:
             return
         more = max(size, self.count - size)
-        for name in ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis"):
+        for name in _ARRAYS:
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros((more, *old.shape[1:]), old.dtype)]))
 

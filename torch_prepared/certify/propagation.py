@@ -107,7 +107,8 @@ class Propagation:
             rows = np.zeros((len(low), 2 * part.shape[1], low.shape[1]))
             np.put_along_axis(rows[:, : part.shape[1]], part[:, :, None], 1.0, axis=2)
             np.put_along_axis(rows[:, part.shape[1] :], part[:, :, None], -1.0, axis=2)
-            found = self.lower_bounds(name, rows, np.zeros((1, 2 * part.shape[1])))
+            nothing = np.zeros((1, 2 * part.shape[1]))
+            found = self.lower_bounds(name, rows, nothing, cuts=False)
             below, above = found[:, : part.shape[1]], -found[:, part.shape[1] :]
             wanted = np.take_along_axis(contested, part, axis=1)
             old_low, old_high = (np.take_along_axis(end, part, axis=1) for end in (low, high))
@@ -126,19 +127,23 @@ class Propagation:
                 break
         return widest
 
-    def lower_bounds(self, name: str, rows: FloatArray, constant: FloatArray) -> FloatArray:
+    def lower_bounds(
+        self, name: str, rows: FloatArray, constant: FloatArray, *, cuts: bool = True
+    ) -> FloatArray:
         """Lower bounds (b, r) of ``rows @ value + constant``; NaN where nothing is proved.
 
         Args:
             name: of the value.
             rows: (b, r, n), or (1, r, n) for the same rows on all boxes.
             constant: (b, r) or (1, r).
+            cuts: also evaluate over the intermediate enclosures and keep the best.
         """
         frontier = _Frontier(self.enclosures, rows, name, constant, self._readers)
         operators = {operator.name: operator for operator in self._network.operators}
         for current in reversed(list(operators)):
             if current in frontier.rows:
-                frontier.measure()
+                if cuts:
+                    frontier.measure()
                 self._substitute(operators[current], frontier)
         frontier.measure()
         at_input = frontier.rows.get(self._network.input_name)
@@ -188,16 +193,19 @@ class _Frontier:
             rounding = 4.0 * UNIT * (magnitude @ box.reach[:, :, None])[:, :, 0] * INFLATION
             self.constant = sum_below(self.constant, -rounding)
         self.rows[name], self._magnitudes[name] = piece, magnitude
-        self._bounds[name] = box.concretize(piece, magnitude)
-        self.finite = self.finite & np.isfinite(self._bounds[name])
+        self._bounds.pop(name, None)
 
     def take(self, name: str) -> tuple[FloatArray, FloatArray]:
         """Remove and return the rows on a value, and their magnitudes."""
-        del self._bounds[name]
+        self._bounds.pop(name, None)
         return self.rows.pop(name), self._magnitudes.pop(name)
 
     def measure(self) -> None:
-        """Concretize at the present cut."""
+        """Concretize at the present cut; what is not finite anywhere proves nothing."""
+        for name in self.rows.keys() - self._bounds.keys():
+            box = self._enclosures[name]
+            self._bounds[name] = box.concretize(self.rows[name], self._magnitudes[name])
+            self.finite = self.finite & np.isfinite(self._bounds[name])
         self.offer(sum_below(self.constant, *self._bounds.values()))
 
     def offer(self, bound: FloatArray) -> None:

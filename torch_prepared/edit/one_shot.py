@@ -33,6 +33,7 @@ __all__ = ["OneShotEditor"]
 
 logger = logging.getLogger(__name__)
 
+EXTRA_SHARE = 0.4  #: of the time limit, for further layers once an edit is found
 SIGN_ROUNDS = 8
 PARTIAL_ROUNDS = 2  #: afterwards every weight gets its own column and no sign can surprise
 MARGIN_ROUNDS = 4
@@ -61,7 +62,7 @@ class OneShotEditor(Editor):
         found = False
         spent = 0.0
         for layer in layers:
-            if found and deadline.left < 2 * spent:
+            if found and self._enough(deadline, spent):
                 break
             clock = Deadline()
             try:
@@ -75,6 +76,12 @@ class OneShotEditor(Editor):
                 break
         if not found:
             raise InfeasibleEditError("; ".join(failures) or "no editable layer")
+
+    def _enough(self, deadline: Deadline, spent: float) -> bool:
+        """Whether trying one more layer would endanger the edit found: checking takes time too."""
+        if deadline.seconds is None:
+            return False
+        return deadline.left - 3 * spent < (1 - EXTRA_SHARE) * deadline.seconds
 
     def _layers(self, problem: EditProblem) -> tuple[str, ...]:
         every = editable_layers(problem.graph)
@@ -159,7 +166,7 @@ class OneShotEditor(Editor):
             solution = solve(
                 program,
                 solver="clarabel" if norm is Norm.L2 else self.solver,
-                time_limit=None if deadline.seconds is None else max(deadline.left, 1.0),
+                time_limit=None if deadline.seconds is None else max(0.5 * deadline.left, 1.0),
                 threads=options.threads,
             )
             if solution.status is Status.INFEASIBLE:

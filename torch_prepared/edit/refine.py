@@ -29,6 +29,7 @@ from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.bounds.engine import leaf_engine
 from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
+from torch_prepared.core.graph import Graph
 from torch_prepared.edit._base import Candidate, Editor, EditProblem
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._leaves import PropertyRows
@@ -48,7 +49,9 @@ LOW_DIMENSION = 16
 POINT_ROWS = 400
 LEAF_ROWS = 300
 ROUNDS = 200
-BACKTRACKS = 8
+SHRINK_ROUNDS = 3
+CHECKED_PER_SECOND = 900  #: leaves that the checker replays, for planning
+MOST_LEAVES = 20_000
 
 
 @dataclass
@@ -59,12 +62,14 @@ class RefineEditor(Editor):
         damping: weight of the 2-norm in the behavior metric, relative to the mean curvature.
         leaves: leaves bounded per round of growth.
         relative_margin: aim at this share of the margins' median size on the region.
+        reach: lift only leaves whose margin lacks at most so many aims; the others are split.
     """
 
     name = "refine"
     damping: float = 0.1
-    leaves: int = 20_000
+    leaves: int = 100_000
     relative_margin: float = 0.1
+    reach: float = 10.0
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
         run = _Refinement.start(problem, self, deadline)
@@ -140,19 +145,71 @@ class _Refinement:
         )
 
     def proved(self) -> Iterator[Tensor]:
-        """Weights for which every leaf of every tree is proved, ever closer to the origin."""
-        for _ in range(ROUNDS):
-            self._fix_points()
-            for _ in range(ROUNDS):
-                self._grow()
-                if all(site.tree.proved for site in self.sites):
-                    self._coarsen()
-                    yield self.theta
+        """Weights for which every leaf of every tree is proved; the closest ones found."""
+        self._fix_points()
+        self._prove(ROUNDS)
+        if not self._is_proved():
+            raise InfeasibleEditError(self._left_open())
+        self._shrink()
+        yield self.theta
+
+    def _prove(self, rounds: int) -> None:
+        """Grow and lift until every leaf is proved, in float64 at last, or rounds are over."""
+        for done in range(rounds):
+            self._grow(self.problem.graph)
+            if self._is_proved():
+                self._coarsen()
+                self._grow(self.problem.exact)
+                if self._is_proved():
                     return
-                if self.deadline.over:
-                    raise InfeasibleEditError(self._left_open())
-                if self._violated_leaves() or not self._lift():
-                    break
+            if self._out_of_time():
+                return
+            if self._violated_leaves():
+                self._fix_points()
+            else:
+                self._lift(self.settings.reach * 3.0**done)
+
+    def _is_proved(self) -> bool:
+        return all(site.tree.proved for site in self.sites)
+
+    def _out_of_time(self) -> bool:
+        """Whether what is left is needed for checking the trees."""
+        leaves = sum(len(site.tree.leaves) for site in self.sites)
+        return self.deadline.left < min(leaves, MOST_LEAVES) / CHECKED_PER_SECOND
+
+    def _shrink(self) -> None:
+        """Move toward the origin as long as the property can be proved again."""
+        caution = 0.5
+        while not self._out_of_time() and caution < 20:
+            kept, distance = (self.theta, [s.tree for s in self.sites]), self._distance()
+            step = self._step_home(caution)
+            if step is None:
+                return
+            self.theta = self.theta + step
+            for site in self.sites:
+                site.tree = site.tree.copy()
+            self._prove(SHRINK_ROUNDS)
+            closer = self._distance()
+            if self._is_proved() and closer < 0.98 * distance:
+                logger.info("shrink: distance %g -> %g", distance, closer)
+                caution = max(0.5 * caution, 0.25)
+                continue
+            self.theta = kept[0]
+            for site, tree in zip(self.sites, kept[1], strict=True):
+                site.tree = tree
+            caution *= 4
+
+    def _step_home(self, caution: float) -> Tensor | None:
+        """The step to the origin's projection onto linearized leaves and points, made shorter."""
+        leaves = [site.tree.leaves for site in self.sites]
+        jacobian, value = self._leaf_rows(leaves, True, torch.inf)
+        point_rows, point_values = self._point_rows(near=2 * self.aim)
+        jacobian, value = torch.cat([jacobian, point_rows]), torch.cat([value, point_values])
+        moved = self.theta - self.origin
+        goal = torch.minimum(value, torch.full_like(value, 0.3 * self.aim))
+        wanted = (goal - value) * (1 + caution) + jacobian @ moved
+        found = self._project(jacobian, wanted)
+        return None if found is None else (found - moved) / (1 + caution)
 
     def _left_open(self) -> str:
         parts = []
@@ -234,13 +291,15 @@ class _Refinement:
 
     # Leaves
 
-    def _engines(self, theta: Tensor) -> list[LeafEngine]:
-        stored = self.problem.store(self.vector.split(theta))
-        return [leaf_engine(self.problem.graph, site.rows.batch, stored) for site in self.sites]
+    def _engines(self, graph: Graph) -> list[LeafEngine]:
+        """Engines for the current weights, as they would be stored, in the graph's dtype."""
+        stored = self.problem.store(self.vector.split(self.theta))
+        changed = {name: value.to(graph.dtype) for name, value in stored.items()}
+        return [leaf_engine(graph, site.rows.batch, changed) for site in self.sites]
 
-    def _grow(self) -> None:
+    def _grow(self, graph: Graph) -> None:
         """Bound all leaves at the current weights, then split within the round's budget."""
-        for site, engine in zip(self.sites, self._engines(self.theta), strict=True):
+        for site, engine in zip(self.sites, self._engines(graph), strict=True):
             site.tree.bound(engine, site.tree.leaves, 4096)
             budget = max(1000, self.settings.leaves // len(self.sites))
             for _ in site.tree.grow(engine, self.deadline, budget):
@@ -254,7 +313,7 @@ class _Refinement:
 
     def _coarsen(self) -> None:
         """Drop splits that the edited network does not need."""
-        for site, engine in zip(self.sites, self._engines(self.theta), strict=True):
+        for site, engine in zip(self.sites, self._engines(self.problem.exact), strict=True):
             before = len(site.tree.leaves)
             site.tree.coarsen(engine)
             logger.info("coarsen: %d of %d leaves remain", len(site.tree.leaves), before)
@@ -273,12 +332,14 @@ class _Refinement:
                 found = True
         return found
 
-    def _lift(self) -> bool:
+    def _lift(self, reach: float) -> bool:
         """Steps that raise the certified margins of open leaves; False when none helps."""
         opened = [site.tree.open for site in self.sites]
         total = sum(len(o) for o in opened)
         for attempt in range(4):
-            jacobian, value = self._leaf_rows(opened, worst=attempt % 2 == 0)
+            jacobian, value = self._leaf_rows(opened, attempt % 2 == 0, reach)
+            if not len(value):
+                break
             point_rows, point_values = self._point_rows(near=2 * self.aim)
             jacobian, value = torch.cat([jacobian, point_rows]), torch.cat([value, point_values])
             target = torch.full_like(value, 0.3 * self.aim)
@@ -287,9 +348,8 @@ class _Refinement:
             if step is None:
                 return False
             self.theta = self.theta + step
-            for site, engine, leaves in zip(
-                self.sites, self._engines(self.theta), opened, strict=True
-            ):
+            engines = self._engines(self.problem.graph)
+            for site, engine, leaves in zip(self.sites, engines, opened, strict=True):
                 site.tree.bound(engine, leaves, 4096)
             left = sum(len(site.tree.open) for site in self.sites)
             logger.info(
@@ -299,13 +359,19 @@ class _Refinement:
                 break
         return True
 
-    def _leaf_rows(self, opened: list[NDArray[np.int64]], worst: bool) -> tuple[Tensor, Tensor]:
+    def _leaf_rows(
+        self, opened: list[NDArray[np.int64]], worst: bool, reach: float
+    ) -> tuple[Tensor, Tensor]:
         rows, values = [], []
         share = max(20, LEAF_ROWS // len(self.sites))
         for site, leaves in zip(self.sites, opened, strict=True):
             if not len(leaves):
                 continue
             margins = site.tree.margins(leaves)
+            near = margins > -reach * self.aim
+            leaves, margins = leaves[near], margins[near]
+            if not len(leaves):
+                continue
             if worst:
                 chosen = leaves[np.argsort(margins)[:share]]
             else:
@@ -314,6 +380,8 @@ class _Refinement:
             jacobian, value = site.rows.leaf_rows(self.theta, site.tree.boxes(chosen))
             rows.append(jacobian)
             values.append(value)
+        if not rows:
+            return self.theta.new_zeros(0, len(self.theta)), self.theta.new_zeros(0)
         return torch.cat(rows), torch.cat(values)
 
     def _project(self, jacobian: Tensor, wanted: Tensor) -> Tensor | None:
