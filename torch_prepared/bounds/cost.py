@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from torch_prepared.bounds._affine_prefix import affine_values
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.relax import lookup
 
@@ -23,9 +24,12 @@ def node_flops(graph: Graph, node: Node) -> float:
 def crown_flops(graph: Graph) -> float:
     """Operations of backward passes for both ends of every scalar that feeds a nonlinear node."""
     total = before = 0.0
+    composed = affine_values(graph)
     read = {name for n in graph.nodes[1:] if not lookup(n.op).traits.affine for name in n.inputs}
     for node in graph.nodes[1:]:
         before += node_flops(graph, node)
-        if node.name in read:
+        if node.name in read and node.name in composed:
+            total += before * min(graph.input_size + 1, 2.0 * node.size)
+        elif node.name in read:
             total += 2.0 * node.size * before
     return total

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared import ops
+from torch_prepared.bounds._affine_prefix import affine_values, bound_affine_value
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
@@ -168,13 +169,16 @@ def bound_nodes(
     chosen = set(tightened_names(graph, box=regions.is_box)) if tighten else set()
     if only is not None:
         chosen &= set(only)
+    composed = affine_values(graph) & chosen
     start = graph.nodes[0]
     boxes = {start.name: regions.box.map(lambda end: end.reshape(end.shape[0], *start.shape))}
     for node in graph.nodes[1:]:
         box = lookup(node.op).interval(node, [boxes[name] for name in node.inputs], table)
         if known is not None and node.name in known:
             box = box.intersect(known[node.name])
-        if node.name in chosen:
+        if node.name in composed and graph.input_size < box.lower[0].numel():
+            box = box.intersect(bound_affine_value(graph, regions, node, table))
+        elif node.name in chosen:
             order, counts = _all(box) if every else _unstable(box, readers[node.name])
             box = _tighten(graph, regions, boxes, node, box, order, counts, table, max_memory)
         boxes[node.name] = box
