@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ class Settings:
         Raises:
             click.UsageError: ``cuda`` was asked for and there is none.
         """
+        if self.threads is not None:  # read when the numerical libraries are first loaded
+            for library in ("OMP", "OPENBLAS", "MKL"):
+                os.environ.setdefault(f"{library}_NUM_THREADS", str(self.threads))
         import torch  # here, so that help and usage errors need not wait for it
 
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -81,6 +81,10 @@ class Node:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         object.__setattr__(self, "attrs", MappingProxyType(dict(self.attrs)))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        parts = (self.name, self.op, self.inputs, self.shape, dict(self.params), dict(self.attrs))
+        return Node, parts
+
     @property
     def size(self) -> int:
         """Number of scalars in the output value."""
@@ -135,6 +139,9 @@ class Graph:
                     f"parameter {name!r}: got NaN or infinite entries; expected finite weights; "
                     "repair or retrain the network before editing it"
                 )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Graph, (self.nodes, dict(self.parameters), self.editable)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

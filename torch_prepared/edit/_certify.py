@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torch_prepared.bounds import PropertyBatch, bound_nodes, bound_rows
+from torch_prepared.bounds.branch import SplitTree
 from torch_prepared.bounds.crown import tightened_names
+from torch_prepared.bounds.engine import leaf_engine
 from torch_prepared.certify import Certificate, CheckResult, ProofTree, Verdict, check_certificate
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
+from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Property
 
-__all__ = ["Certified", "certify_network", "prove", "within_clauses"]
+LOW_DIMENSION = 16
+"""Regions with at most so many coordinates of positive width are worth splitting."""
+
+__all__ = [
+    "LOW_DIMENSION",
+    "Certified",
+    "certify_network",
+    "prove",
+    "prove_by_splitting",
+    "tree_proof",
+    "within_clauses",
+]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,51 @@ def prove(
                 break
     first = [ProofTree.leaf([0] * len(p.safe.clauses)) for p in properties]
     return [tree or plain for tree, plain in zip(found, first, strict=True)], margins
+
+
+def tree_proof(tree: SplitTree, graph: Graph) -> ProofTree:
+    """A split tree as the checker reads it, every leaf tightened."""
+    dim, value, left, right, rows = tree.links()
+    sizes = np.bincount(tree.batch.clause[0].numpy(), minlength=rows.shape[1])
+    starts = np.cumsum(sizes) - sizes
+    box = tree.batch.regions.is_box
+    proof, _ = ProofTree.from_links(
+        dim, value, left, right, rows - starts, plan=tightened_names(graph, box)
+    )
+    return proof
+
+
+def prove_by_splitting(
+    graph: Graph, prop: Property, deadline: Deadline, max_leaves: int = 2_000_000
+) -> tuple[ProofTree | None, Tensor | None]:
+    """Branch and bound over one property's region.
+
+    Args:
+        graph: the network as stored.
+        prop: its region has few coordinates of positive width, or this is hopeless.
+        deadline: when to stop.
+        max_leaves: when to stop.
+
+    Returns:
+        A proof that the engine believes in, or None; and an input (n,) that seems to violate the
+        property, met on the way, or None.
+    """
+    batch = PropertyBatch.of([prop])
+    tree = SplitTree(batch, slack=1e-9)
+    for network in (graph, graph.to(torch.float64, "cpu")):
+        engine = leaf_engine(network, batch)
+        tree.bound(engine, tree.leaves, chunk=4096)
+        for done in tree.grow(engine, deadline, max_leaves):
+            center = tree.boxes(tree.leaves[-4096:]).center
+            with torch.no_grad():
+                y = evaluate_graph(graph, center.to(graph.dtype)).flatten(1).double()
+            margins = prop.safe.margin(y)
+            if float(margins.min()) <= 0:
+                return None, center[int(margins.argmin())]
+            logger.debug("%s: %d leaves bounded", prop.name, done)
+        if not tree.proved:
+            return None, None
+    return tree_proof(tree, graph), None
 
 
 def certify_network(

@@ -32,6 +32,8 @@ __all__ = ["EDITORS", "edit_network"]
 
 logger = logging.getLogger(__name__)
 
+CHECK_GRACE = 0.2  #: share of the time limit that the checker may take beyond it
+
 EDITORS: dict[str, type[Editor]] = {
     "auto": AutoEditor,
     "one_shot": OneShotEditor,
@@ -173,7 +175,11 @@ class _Run:
         self._spend("bounds", clock)
         clock = time.monotonic()
         metadata = {"generator": f"torch_prepared {__version__}", "method": method}
-        certified = certify_network(graph, self.problem.properties, proofs, metadata)
+        grace = None if self.deadline.seconds is None else CHECK_GRACE * self.deadline.seconds
+        limit = None if grace is None else max(self.deadline.left, grace)
+        certified = certify_network(
+            graph, self.problem.properties, proofs, metadata, Deadline(limit)
+        )
         self._spend("check", clock)
         drawdown = None
         if certified.holds:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.edit._base import Candidate, Editor, EditProblem, Norm
+from torch_prepared.edit._certify import LOW_DIMENSION
 from torch_prepared.edit.one_shot import OneShotEditor
-from torch_prepared.edit.refine import LOW_DIMENSION, RefineEditor
+from torch_prepared.edit.refine import RefineEditor
 from torch_prepared.edit.sequential import SequentialEditor
 from torch_prepared.errors import InfeasibleEditError, SolverError
 

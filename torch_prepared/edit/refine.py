@@ -25,13 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_prepared.bounds.branch import LeafEngine, SplitTree
-from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.bounds.engine import leaf_engine
-from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._base import Candidate, Editor, EditProblem
 from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._certify import LOW_DIMENSION, tree_proof
 from torch_prepared.edit._leaves import PropertyRows
 from torch_prepared.edit._metric import Metric, behavior_metric
 from torch_prepared.edit._vector import ParameterVector
@@ -45,8 +44,9 @@ __all__ = ["RefineEditor"]
 logger = logging.getLogger(__name__)
 
 SCREENED = 100_000
-LOW_DIMENSION = 16
 POINT_ROWS = 400
+POINT_STEPS = 30
+FAIR_SHARE = 0.2
 LEAF_ROWS = 300
 ROUNDS = 200
 SHRINK_ROUNDS = 3
@@ -140,7 +140,7 @@ class _Refinement:
         return Candidate(
             self.problem.store(self.vector.split(theta)),
             note=f"{sum(len(s.tree.leaves) for s in self.sites)} leaves",
-            proofs=tuple(_proof(site.tree, self.problem) for site in self.sites),
+            proofs=tuple(tree_proof(s.tree, self.problem.exact) for s in self.sites),
             details=details,
         )
 
@@ -258,18 +258,38 @@ class _Refinement:
         return x[chosen]
 
     def _satisfy_points(self) -> None:
-        """Re-linearized projections of the origin onto the rows of all collected points."""
-        for _ in range(6):
-            parts = [s.rows.at_points(self.theta, s.points) for s in self.sites if len(s.points)]
-            if not parts or float(torch.cat(parts).min()) >= 0.95 * self.aim:
+        """Raise the margins of all collected points to the aim.
+
+        First by the projection of the origin onto the linearized rows, which forgets earlier
+        steps; where linearization goes too far, by steps from where we are, shortened until the
+        lowest true margin rises by a fair share of what they promise.
+        """
+        for _ in range(POINT_STEPS):
+            lowest = self._lowest_point(self.theta)
+            if lowest >= 0.95 * self.aim:
                 return
             jacobian, value = self._point_rows()
-            moved = self.theta - self.origin
-            wanted = 1.02 * self.aim - value + jacobian @ moved
-            step = self._project(jacobian, wanted)
-            if step is None:
+            wanted = 1.02 * self.aim - value
+            home = jacobian @ (self.theta - self.origin)
+            trials = [(self.origin, wanted + home)]
+            trials += [
+                (self.theta, wanted.clamp_max(wanted.max() * s)) for s in (1.0, 0.3, 0.1, 0.03)
+            ]
+            for start, rise in trials:
+                step = self._project(jacobian, rise)
+                if step is None:
+                    continue
+                promised = min(float(rise.max()), self.aim - lowest)
+                if self._lowest_point(start + step) > lowest + FAIR_SHARE * promised:
+                    self.theta = start + step
+                    break
+            else:
                 return
-            self.theta = self.origin + step
+
+    def _lowest_point(self, theta: Tensor) -> float:
+        """The smallest margin of all collected points."""
+        margins = [s.rows.at_points(theta, s.points).min() for s in self.sites if len(s.points)]
+        return float(torch.stack(margins).min()) if margins else torch.inf
 
     def _point_rows(self, near: float = torch.inf) -> tuple[Tensor, Tensor]:
         """Rows of the points of lowest margin, over all properties."""
@@ -401,14 +421,3 @@ def _reference(problem: EditProblem, inputs: Tensor) -> Reference:
     with torch.no_grad():
         outputs = evaluate_graph(problem.graph, inputs.to(problem.graph.dtype)).flatten(1)
     return Reference(inputs.to(problem.graph.dtype), outputs, None, problem.reference.source)
-
-
-def _proof(tree: SplitTree, problem: EditProblem) -> ProofTree:
-    """The split tree as the checker reads it, every leaf tightened."""
-    dim, value, left, right, rows = tree.links()
-    sizes = np.bincount(tree.batch.clause[0].numpy(), minlength=rows.shape[1])
-    starts = np.cumsum(sizes) - sizes
-    proof, _ = ProofTree.from_links(
-        dim, value, left, right, rows - starts, plan=tightened_names(problem.exact)
-    )
-    return proof

@@ -16,7 +16,13 @@ from torch_prepared.certify import Verdict
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork, OnnxSession
-from torch_prepared.edit._certify import Certified, certify_network, prove
+from torch_prepared.edit._certify import (
+    LOW_DIMENSION,
+    Certified,
+    certify_network,
+    prove,
+    prove_by_splitting,
+)
 from torch_prepared.edit.attack import confirm_with_onnx, find_counterexamples, is_violation
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Property
@@ -33,6 +39,10 @@ __all__ = [
     "prove_or_refute",
     "verify_network",
 ]
+
+
+SEARCH_SHARE = 0.5
+"""Of the time left, for branch and bound; replaying its tree takes about as long."""
 
 
 class Answer(enum.Enum):
@@ -128,9 +138,20 @@ def prove_or_refute(
         A certificate with the checker's verdict, and inputs (n,) by position of a property that
         the search for a proof believes to violate it.
     """
-    proofs, _ = prove(graph, properties)
+    proofs, margins = prove(graph, properties)
+    believed = {}
+    for i, prop in enumerate(properties):
+        wide = int((prop.region.upper > prop.region.lower).sum())
+        if margins[i] > 0 or wide > LOW_DIMENSION:
+            continue
+        share = deadline.share(SEARCH_SHARE / (len(properties) - i))
+        proof, x = prove_by_splitting(graph, prop, share)
+        if proof is not None:
+            proofs[i] = proof
+        elif x is not None:
+            believed[i] = x
     metadata = {"generator": f"torch_prepared {__version__}", "method": "verify"}
-    return certify_network(graph, properties, proofs, metadata, deadline), {}
+    return certify_network(graph, properties, proofs, metadata, deadline), believed
 
 
 def verify_network(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg as la
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from torch_prepared.core.rows import Floats
 
@@ -36,7 +37,7 @@ class ProximalStep:
     def __init__(self, gram: Floats, q: Floats, eps: float, active: NDArray[np.bool_]) -> None:
         self._gram, self._q, self._eps = gram, q, eps
         self._active = active.copy()
-        self._factor: tuple[Floats, bool] | None = None
+        self._factor: Tensor | None = None
 
     def solve(self, last: Floats) -> Floats | None:
         """The maximizer (m,), or None when a factorization fails or the swaps do not end."""
@@ -70,13 +71,12 @@ class ProximalStep:
         if self._factor is None:
             block = self._gram[np.ix_(index, index)]
             block[np.diag_indices_from(block)] += self._eps
-            try:
-                self._factor = la.cho_factor(block, overwrite_a=True, check_finite=False)
-            except la.LinAlgError:
+            self._factor = _factorize(block)
+            if self._factor is None:
                 return None
         pull = self._q - self._gram @ np.where(self._active, last, 0.0)
         change = np.zeros(len(last))
-        change[index] = la.cho_solve(self._factor, pull[index], check_finite=False)
+        change[index] = _solve(self._factor, pull[index])
         return change
 
 
@@ -103,11 +103,9 @@ def interior_point(gram: Floats, q: Floats, stop: Callable[[Floats], bool]) -> F
             break
         block = gram.copy()
         block[np.diag_indices_from(block)] += w / x
-        try:
-            factor = la.cho_factor(block, overwrite_a=True, check_finite=False)
-        except la.LinAlgError:
+        factor = _factorize(block)
+        if factor is None:
             break
-
         dx, dw = _newton(gram, factor, lack, -w)
         length = min(_reach(x, dx), _reach(w, dw))
         ahead = float((x + length * dx) @ (w + length * dw)) / len(x)
@@ -123,12 +121,21 @@ def interior_point(gram: Floats, q: Floats, stop: Callable[[Floats], bool]) -> F
     return x
 
 
-def _newton(
-    gram: Floats, factor: tuple[Floats, bool], lack: Floats, pull: Floats
-) -> tuple[Floats, Floats]:
+def _newton(gram: Floats, factor: Tensor, lack: Floats, pull: Floats) -> tuple[Floats, Floats]:
     """Changes of x and w from the factored G + diag(w / x)."""
-    dx = la.cho_solve(factor, pull - lack, check_finite=False)
+    dx = _solve(factor, pull - lack)
     return dx, gram @ dx + lack
+
+
+def _factorize(block: Floats) -> Tensor | None:
+    """Cholesky factor, by torch so that its number of threads rules; None if not definite."""
+    factor, info = torch.linalg.cholesky_ex(torch.from_numpy(block))
+    return factor if int(info) == 0 else None
+
+
+def _solve(factor: Tensor, rhs: Floats) -> Floats:
+    solution: Floats = torch.cholesky_solve(torch.from_numpy(rhs)[:, None], factor)[:, 0].numpy()
+    return solution
 
 
 def _reach(value: Floats, change: Floats) -> float:
