@@ -11,10 +11,14 @@ from torch.func import grad_and_value, vmap
 from torch_prepared.bounds import PropertyBatch, RegionBatch, bound_nodes, bound_rows
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
+from torch_prepared.edit._certify import LOW_DIMENSION
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.relax import evaluate_graph
+from torch_prepared.specs import InputSet
 
-__all__ = ["PropertyRows"]
+SCREENED = 100_000
+
+__all__ = ["PropertyRows", "low_points"]
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,30 @@ class PropertyRows:
     def _chunk(self) -> int:
         """Rows per vmap call, so that gradients and intermediate rows stay in memory."""
         return int(max(1, min(256, (1 << 27) // (8 * self.vector.count))))
+
+
+def low_points(
+    rows: PropertyRows, theta: Tensor, region: InputSet, below: float, generator: torch.Generator
+) -> Tensor:
+    """Inputs (q, n) of a region whose margin is below a threshold; at most 160, diverse.
+
+    Random samples are screened, the best thousand move toward other samples where that lowers
+    their margin, and of what is low enough the worst and a random part are kept.
+    """
+    count = SCREENED if region.size <= LOW_DIMENSION else 256
+    x = region.sample(count, generator)
+    margins = torch.cat([rows.at_points(theta, part) for part in x.split(20_000)])
+    order = margins.topk(min(1000, count), largest=False).indices
+    x, margins = x[order], margins[order]
+    for reach in (0.3, 0.1, 0.03, 0.01) * 4:
+        goal = region.sample(len(x), generator)
+        share = reach * torch.rand(len(x), 1, generator=generator, dtype=x.dtype)
+        trial = x + share * (goal - x)
+        now = rows.at_points(theta, trial)
+        better = now < margins
+        x, margins = torch.where(better[:, None], trial, x), torch.where(better, now, margins)
+    low = margins < below
+    x, margins = x[low], margins[low]
+    chance = torch.randperm(len(x), generator=generator)[:80]
+    chosen: Tensor = torch.cat([margins.argsort()[:80], chance]).unique()
+    return x[chosen]

@@ -30,20 +30,18 @@ from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._base import Candidate, Editor, EditProblem
 from torch_prepared.edit._behavior import Reference
-from torch_prepared.edit._certify import LOW_DIMENSION, tree_proof
-from torch_prepared.edit._leaves import PropertyRows
+from torch_prepared.edit._certify import tree_proof
+from torch_prepared.edit._leaves import PropertyRows, low_points
 from torch_prepared.edit._metric import Metric, behavior_metric
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.solvers import Status, gram_matrix, project
-from torch_prepared.specs import InputSet
 
 __all__ = ["RefineEditor"]
 
 logger = logging.getLogger(__name__)
 
-SCREENED = 100_000
 POINT_ROWS = 400
 POINT_STEPS = 30
 FAIR_SHARE = 0.2
@@ -227,35 +225,13 @@ class _Refinement:
         for step in range(ROUNDS):
             found = 0
             for site, prop in zip(self.sites, self.problem.properties, strict=True):
-                low = self._low_points(site, prop.region)
+                low = low_points(site.rows, self.theta, prop.region, 0.3 * self.aim, self.generator)
                 found += len(low)
                 site.points = torch.cat([site.points, low])
             if not found or self.deadline.over:
                 return
             self._satisfy_points()
             logger.info("points %d: %d new, distance %g", step, found, self._distance())
-
-    def _low_points(self, site: _Site, region: InputSet) -> Tensor:
-        """Inputs of the region whose margin is below a third of the aim; few, diverse."""
-        count = SCREENED if region.size <= LOW_DIMENSION else 256
-        x = region.sample(count, self.generator)
-        margins = torch.cat([site.rows.at_points(self.theta, part) for part in x.split(20_000)])
-        order = margins.topk(min(1000, count), largest=False).indices
-        x, margins = x[order], margins[order]
-        for reach in (0.3, 0.1, 0.03, 0.01) * 4:
-            goal = region.sample(len(x), self.generator)
-            trial = x + reach * torch.rand(len(x), 1, generator=self.generator).double() * (
-                goal - x
-            )
-            now = site.rows.at_points(self.theta, trial)
-            better = now < margins
-            x, margins = torch.where(better[:, None], trial, x), torch.where(better, now, margins)
-        low = margins < 0.3 * self.aim
-        x, margins = x[low], margins[low]
-        worst = margins.argsort()[:80]
-        chance = torch.randperm(len(x), generator=self.generator)[:80]
-        chosen: Tensor = torch.cat([worst, chance]).unique()
-        return x[chosen]
 
     def _satisfy_points(self) -> None:
         """Raise the margins of all collected points to the aim.
