@@ -6,6 +6,7 @@ from torch_prepared.certify.checker import (
     PropertyCheck,
     Verdict,
     check_certificate,
+    match_certificate,
 )
 from torch_prepared.certify.exact import evaluate_exactly, margin_exactly
 from torch_prepared.certify.proof import ProofTree, Slopes
@@ -24,4 +25,5 @@ __all__ = [
     "check_certificate",
     "evaluate_exactly",
     "margin_exactly",
+    "match_certificate",
 ]

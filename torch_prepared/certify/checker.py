@@ -21,7 +21,13 @@ from torch_prepared.certify.regions import check_region
 from torch_prepared.certify.replay import TreeReplay
 from torch_prepared.errors import CertificateError
 
-__all__ = ["CheckResult", "PropertyCheck", "Verdict", "check_certificate"]
+__all__ = [
+    "CheckResult",
+    "PropertyCheck",
+    "Verdict",
+    "check_certificate",
+    "match_certificate",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -104,7 +110,7 @@ def check_certificate(
         raise CertificateError(f"arithmetic: got {arithmetic!r}; expected 'real' or 'float32'")
     if activation_ulp is not None and not 0 <= activation_ulp < 1e6:
         raise CertificateError(f"activation_ulp: got {activation_ulp}; expected 0 to 1e6")
-    _match(certificate, network, properties)
+    match_certificate(certificate, network, properties)
     checked = read_network(network)
     for prop in properties:
         _check_property(prop, checked)
@@ -138,7 +144,7 @@ def check_certificate(
     )
 
 
-def _match(
+def match_certificate(
     certificate: Certificate, network: NetworkRecord, properties: Sequence[PropertyRecord]
 ) -> None:
     """Refuse a certificate about something else."""

@@ -12,7 +12,7 @@ from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 
 if TYPE_CHECKING:
-    from torch_prepared.certify import CheckResult
+    from torch_prepared.certify import Certificate, CheckResult
     from torch_prepared.edit.verify import Agreement
 
 __all__ = ["CheckConfig", "Replay", "command", "replay_certificate", "run_check"]
@@ -56,8 +56,14 @@ class Replay:
         return f"{failed[0].name}: {failed[0].reason}" if failed else ""
 
 
-def replay_certificate(config: CheckConfig) -> Replay:
+def replay_certificate(
+    config: CheckConfig, checked: tuple[Certificate, CheckResult] | None = None
+) -> Replay:
     """Read all files anew, replay the certificate, and compare the importer with onnxruntime.
+
+    ``checked`` is a certificate replayed in this process, with its verdict: if the file holds the
+    very same one, and network and properties on disk are those it was replayed on, digit for digit,
+    the verdict stands without a second replay.
 
     Raises:
         CertificateError: the certificate is malformed or made for something else.
@@ -66,19 +72,25 @@ def replay_certificate(config: CheckConfig) -> Replay:
         UnsupportedOperationError: an operator without support.
     """
     # Imported here, like in all commands: help and usage errors come without this delay.
-    from torch_prepared.certify import Certificate, check_certificate
+    from torch_prepared.certify import Certificate, check_certificate, match_certificate
     from torch_prepared.cli._inputs import load_network, load_properties
     from torch_prepared.edit.verify import compare_with_onnxruntime
 
     network = load_network(config.model)
     properties = load_properties(config.properties, network)
-    check = check_certificate(
-        Certificate.load(config.certificate),
-        network.graph.record(),
-        [prop.record() for prop in properties],
-        arithmetic=config.arithmetic,
-        activation_ulp=config.activation_ulp,
-    )
+    certificate = Certificate.load(config.certificate)
+    record, claims = network.graph.record(), [prop.record() for prop in properties]
+    if checked is not None and certificate.to_json() == checked[0].to_json():
+        match_certificate(certificate, record, claims)
+        check = checked[1]
+    else:
+        check = check_certificate(
+            certificate,
+            record,
+            claims,
+            arithmetic=config.arithmetic,
+            activation_ulp=config.activation_ulp,
+        )
     agreement = compare_with_onnxruntime(network, properties, seed=config.settings.seed)
     return Replay(check, agreement)
 

@@ -107,7 +107,8 @@ def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
     files = CheckConfig(
         staged.paths[1], staged.paths[0], config.properties, settings=config.settings
     )
-    replay = replay_certificate(files)
+    checked = None if result.check is None else (result.certificate, result.check)
+    replay = replay_certificate(files, checked)
     if not replay.certified:
         reason = f"the files as written are not certified: {replay.reason}"
         return _outcome(config, report, clock, "unknown", reason, replay=replay)
