@@ -30,6 +30,7 @@ __all__ = [
 
 MAX_FILE_BYTES = 2**28
 MAX_ARRAY_BYTES = 2**30
+MAX_DEPTH = 64
 _DTYPES = {"bool", "int32", "int64", "float16", "float32", "float64"}
 _MAX_AXES = 8
 
@@ -139,12 +140,26 @@ def read_json(path: str | os.PathLike[str]) -> object:
         raise CertificateError(f"{name}: cannot be read ({error})") from error
     if len(text) > MAX_FILE_BYTES:
         raise CertificateError(f"{name}: larger than {MAX_FILE_BYTES} bytes")
+    if _depth(text) > MAX_DEPTH:
+        raise CertificateError(f"{name}: nested deeper than {MAX_DEPTH} levels")
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         if isinstance(error, CertificateError):
             raise
         raise CertificateError(f"{name}: not strict JSON ({error})") from error
+
+
+def _depth(text: bytes) -> int:
+    """Most brackets open at once, those in strings included.
+
+    The standard parser recurses; other packages may have raised Python's limit so far that deep
+    nesting would end the process instead of raising.
+    """
+    codes = np.frombuffer(text, dtype=np.uint8)
+    codes = codes[np.isin(codes, np.frombuffer(b"[]{}", dtype=np.uint8))]
+    steps = np.where((codes == ord("[")) | (codes == ord("{")), 1, -1)
+    return int(np.cumsum(steps).max(initial=0))
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

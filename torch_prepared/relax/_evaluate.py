@@ -17,7 +17,7 @@ def evaluate_all(
     graph: Graph, x: Tensor, parameters: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Value (b, *shape) of every node by name; ``parameters`` replace the graph's own."""
-    if x.dim() < 1 or x[0].numel() != graph.input_size:
+    if x.dim() < 1 or x.shape[1:].numel() != graph.input_size:
         raise SpecError(
             f"network input: got a tensor of shape {tuple(x.shape)}; expected a batch of inputs "
             f"of shape {graph.input_shape}, flattened or not"
