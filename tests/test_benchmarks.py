@@ -279,7 +279,6 @@ class TestJudge:
         assert found.margin == pytest.approx(0.01, abs=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="the benchmark data are not beside the repository")
 def test_smoke_study_end_to_end(tmp_path):
     command = [
