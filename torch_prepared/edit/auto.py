@@ -24,8 +24,8 @@ FALLBACK_SHARE = 0.15
 class AutoEditor(Editor):
     """A quick one-shot edit as a safety net, then the editor that suits the regions.
 
-    Regions with at most 16 coordinates of positive width are split (``refine``); others are
-    bounded whole (``sequential``). The other of the two follows when the first one fails.
+    Regions with at most 16 coordinates of positive width are split (``refine``), and bounded whole
+    (``sequential``) if that fails; others, where splitting is hopeless, are bounded whole only.
     """
 
     name = "auto"
@@ -54,7 +54,7 @@ class AutoEditor(Editor):
         """Editors in order, each with its share of the time that is left when it starts."""
         regions = problem.batch.regions
         wide = int((regions.upper > regions.lower).sum(dim=1).max())
-        main: list[Editor] = [SequentialEditor(), RefineEditor()]
-        if wide <= LOW_DIMENSION:
-            main.reverse()
-        return [(OneShotEditor(first_only=True), FALLBACK_SHARE), (main[0], 0.8), (main[1], 1.0)]
+        net = (OneShotEditor(first_only=True), FALLBACK_SHARE)
+        if wide > LOW_DIMENSION:
+            return [net, (SequentialEditor(), 1.0)]
+        return [net, (RefineEditor(), 0.8), (SequentialEditor(), 1.0)]

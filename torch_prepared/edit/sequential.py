@@ -65,15 +65,15 @@ class SequentialEditor(Editor):
     """Projections onto linearized certified margins; reaches every architecture CROWN does.
 
     Args:
-        damping: weight of the 2-norm in the behavior metric, relative to the mean curvature.
+        dampings: weights of the 2-norm in the behavior metric, relative to the mean curvature;
+            the next one is tried where restoration gets stuck with the one before.
     """
 
     name = "sequential"
-    damping: float = 0.1
+    dampings: tuple[float, ...] = (0.1, 1.0, 0.01)
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
-        search = _Search.start(problem, self.damping, deadline)
-        state = search.restore()
+        search, state = self._restore(problem, deadline)
         yield search.candidate(state, "restored")
         told = state.distance
         for closer in search.shrink(state):
@@ -83,6 +83,18 @@ class SequentialEditor(Editor):
                 yield search.candidate(state, "shrunk")
         if state.distance < told:
             yield search.candidate(state, "shrunk")
+
+    def _restore(self, problem: EditProblem, deadline: Deadline) -> tuple[_Search, _State]:
+        """The first feasible point, with the first metric that leads to one."""
+        for number, damping in enumerate(self.dampings, start=1):
+            search = _Search.start(problem, damping, deadline)
+            try:
+                return search, search.restore()
+            except InfeasibleEditError as error:
+                logger.info("sequential with damping %g: %s", damping, error)
+                if deadline.over or number == len(self.dampings):
+                    raise
+        raise InfeasibleEditError("sequential: got no dampings; expected at least one")
 
 
 @dataclass
