@@ -37,7 +37,7 @@ from torch_prepared.core.interval import Interval
 from torch_prepared.core.onnx import load_onnx
 from torch_prepared.specs import load_vnnlib
 
-DATA = HERE.parent.parent / "shared" / "data" / "vnncomp2022" / "acasxu"
+DATA = HERE.parent.parent / "shared" / "data"
 NETWORKS = ("1_1", "2_9", "5_9")
 ENGINES = ("general", "chain", "inherit")
 SIDES = (0.03, 0.10)
@@ -161,7 +161,7 @@ def run(seconds: float, threads: int, smoke: bool, data: Path, output: Path) -> 
     rows: list[dict[str, object]] = []
     curves: dict[str, list[tuple[float, int, float]]] = {}
     for name in NETWORKS[:1] if smoke else NETWORKS:
-        chain, batch = _case(name, data)
+        chain, batch = _case(name, data / "vnncomp2022" / "acasxu")
         for engine in ENGINES:
             case = f"{name} {engine}"
             found = _throughput(engine, chain, batch, smoke)
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each search")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the ACAS Xu benchmark")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds vnncomp2022")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write or read")
     options = parser.parse_args()
