@@ -202,3 +202,12 @@ def test_bad_input_is_named() -> None:
         broken[0].weight[0, 0] = torch.nan
     with pytest.raises(ModelFormatError, match="NaN"):
         tp.edit_network(broken, prop)
+
+
+@pytest.mark.parametrize("method", ["sequential", "refine"])
+def test_norms_that_an_editor_cannot_minimize_are_refused(method: str) -> None:
+    model = network()
+    with pytest.raises(SpecError, match="norm"):
+        tp.edit_network(
+            model, violated(model, CENTER), method=method, norm="1", example_input=CENTER[None]
+        )

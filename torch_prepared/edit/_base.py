@@ -19,6 +19,8 @@ from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
 from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._metric import Metric, behavior_metric, euclidean_metric
+from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import SpecError
 from torch_prepared.specs import Property
 
@@ -108,6 +110,22 @@ class EditProblem:
         with torch.no_grad():
             bound = bound_rows(self.exact, self.batch.regions, self.boxes, self.batch.rows)
         return bound.lower + self.batch.offset
+
+    def metric(self, vector: ParameterVector, reference: Reference, damping: float) -> Metric:
+        """The quadratic metric of the chosen norm: behavior unless the 2-norm was asked for.
+
+        Raises:
+            SpecError: a norm that is not quadratic, which only ``one_shot`` minimizes.
+        """
+        norm = self.options.norm
+        if norm is Norm.L2:
+            return euclidean_metric()
+        if norm in (None, Norm.BEHAVIOR):
+            return behavior_metric(self.graph, vector, reference, self.options.seed, damping)
+        raise SpecError(
+            f"norm: got '{norm.value}', which only method 'one_shot' minimizes; expected "
+            "'behavior' or '2' here"
+        )
 
     def store(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies rounded to the dtype, and on the device, that the parameters are stored in."""

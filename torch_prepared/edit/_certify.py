@@ -65,7 +65,7 @@ def prove(
     changed = None
     if parameters is not None:
         changed = {name: value.detach().double().cpu() for name, value in parameters.items()}
-    every = tightened_names(exact) if tighten is None else tuple(tighten)
+    every = tightened_names(exact, batch.regions.is_box) if tighten is None else tuple(tighten)
     found: list[ProofTree | None] = [None] * len(properties)
     margins = torch.full((len(properties),), -torch.inf, dtype=torch.float64)
     with torch.no_grad():

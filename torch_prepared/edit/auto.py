@@ -54,6 +54,8 @@ class AutoEditor(Editor):
         """Editors in order, each with its share of the time that is left when it starts."""
         regions = problem.batch.regions
         wide = int((regions.upper > regions.lower).sum(dim=1).max())
+        if problem.options.norm in (Norm.L1, Norm.LINF, Norm.L1_PLUS_LINF):
+            return [(OneShotEditor(), 1.0)]
         net = (OneShotEditor(first_only=True), FALLBACK_SHARE)
         if wide > LOW_DIMENSION:
             return [net, (SequentialEditor(), 1.0)]

@@ -136,7 +136,8 @@ class OneShotEditor(Editor):
         """Values before the layer whose intervals the program took from backward passes."""
         order = [node.name for node in problem.exact.nodes]
         before = set(order[: order.index(layer)]) if problem.tightens else set()
-        return tuple(name for name in tightened_names(problem.exact) if name in before)
+        names = tightened_names(problem.exact, problem.batch.regions.is_box)
+        return tuple(name for name in names if name in before)
 
     def _solve(
         self,

@@ -32,7 +32,7 @@ from torch_prepared.edit._base import Candidate, Editor, EditProblem
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._certify import tree_proof
 from torch_prepared.edit._leaves import PropertyRows, low_points
-from torch_prepared.edit._metric import Metric, behavior_metric
+from torch_prepared.edit._metric import Metric
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
@@ -112,9 +112,7 @@ class _Refinement:
             empty = torch.zeros(0, inside.shape[1], dtype=torch.float64)
             sites.append(_Site(rows, SplitTree(rows.batch), empty))
         reference = _reference(problem, torch.cat(kept))
-        metric = behavior_metric(
-            problem.graph, vector, reference, problem.options.seed, settings.damping
-        )
+        metric = problem.metric(vector, reference, settings.damping)
         typical = float(torch.cat(sizes).median())
         aim = problem.options.margin or max(settings.relative_margin * typical, 1e-9)
         for site in sites:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.rows import Floats
-from torch_prepared.edit._base import Candidate, Editor, EditProblem, Norm
+from torch_prepared.edit._base import Candidate, Editor, EditProblem
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._margin import aimed_margin
-from torch_prepared.edit._metric import Metric, behavior_metric, euclidean_metric
+from torch_prepared.edit._metric import Metric
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.solvers import Status, gram_matrix, project
@@ -109,12 +109,7 @@ class _Search:
     @classmethod
     def start(cls, problem: EditProblem, damping: float, deadline: Deadline) -> _Search:
         vector = ParameterVector.of(problem.exact, problem.options.layers)
-        behavior = problem.options.norm in (None, Norm.BEHAVIOR)
-        metric = (
-            behavior_metric(problem.graph, vector, problem.reference, problem.options.seed, damping)
-            if behavior
-            else euclidean_metric()
-        )
+        metric = problem.metric(vector, problem.reference, damping)
         return cls(
             problem,
             MarginFunction(problem.exact, problem.batch, vector),

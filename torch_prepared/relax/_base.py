@@ -255,8 +255,3 @@ def per_row(rows: Tensor) -> Tensor:
 def dot(rows: Tensor, vector: Tensor) -> Tensor:
     """``sum rows * vector`` over all value axes: (b, s, ...) and (...) -> (b, s)."""
     return rows.flatten(2) @ vector.expand(rows.shape[2:]).reshape(-1)
-
-
-def zeros_bias(rows: Tensor) -> Tensor:
-    """A zero bias for rows (b, s, ...)."""
-    return torch.zeros(rows.shape[:2], dtype=rows.dtype, device=rows.device)
