@@ -18,7 +18,7 @@ from torch_prepared.certify.nodes import NodeRecord, read_nodes
 from torch_prepared.certify.records import NetworkRecord, PropertyRecord
 from torch_prepared.errors import CertificateError, UnsupportedOperationError
 
-__all__ = ["evaluate_exactly", "margin_exactly", "to_fractions"]
+__all__ = ["evaluate_exactly", "margin_exactly", "to_fractions", "values_exactly"]
 
 Exact = npt.NDArray[np.object_]
 """Array of ``Fraction``."""
@@ -35,7 +35,13 @@ def to_fractions(values: npt.ArrayLike) -> Exact:
 
 
 def evaluate_exactly(network: NetworkRecord, point: npt.ArrayLike) -> Exact:
-    """The flattened output (m,) at one input, in exact arithmetic on the stored weights.
+    """The flattened output (m,) at one input; arguments and errors are those of `values_exactly`."""
+    values = values_exactly(network, point)
+    return values[next(reversed(values))].reshape(-1)
+
+
+def values_exactly(network: NetworkRecord, point: npt.ArrayLike) -> dict[str, Exact]:
+    """Every node's value at one input, in order, in exact arithmetic on the stored weights.
 
     Args:
         network: whose operators are linear, convolutional, pooling, structural or piecewise
@@ -62,7 +68,7 @@ def evaluate_exactly(network: NetworkRecord, point: npt.ArrayLike) -> Exact:
         if value.shape != node.shape:
             raise node.error(f"shape {node.shape}", f"{value.shape}")
         values[node.name] = value
-    return values[nodes[-1].name].reshape(-1)
+    return values
 
 
 def margin_exactly(prop: PropertyRecord, output: Exact) -> Fraction:

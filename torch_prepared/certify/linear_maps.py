@@ -17,6 +17,10 @@ from torch_prepared.certify.rounding import FloatArray, IntArray
 __all__ = ["Conv", "Dense", "Diagonal", "LinearMap", "Sparse"]
 
 
+_BLAS_SERIAL = 2**18  # multiplications up to which OpenBLAS stays on one thread
+_FEWEST_ROWS = 16
+
+
 class LinearMap(Protocol):
     """What the rest of the checker needs of a linear map from R^n to R^m."""
 
@@ -36,7 +40,7 @@ class LinearMap(Protocol):
         """``M x`` for x of shape (b, n); returns (b, m)."""
 
     def transpose(self, rows: FloatArray) -> FloatArray:
-        """``a M`` for every row a of ``rows`` (b, r, m); returns (b, r, n)."""
+        """``a M`` for every row a of ``rows`` (r, m); returns (r, n)."""
 
     def magnitude(self) -> LinearMap:
         """The map with entries ``|M_ij|``."""
@@ -55,18 +59,31 @@ class Dense:
     def apply(self, x: FloatArray) -> FloatArray:
         """See :class:`LinearMap`."""
         flat = x.reshape(x.shape[0] * self.positions, self.weight.shape[1])
-        out: FloatArray = np.matmul(flat, self.weight.T).reshape(x.shape[0], -1)
-        return out
+        return _product(flat, self.weight.T).reshape(x.shape[0], -1)
 
     def transpose(self, rows: FloatArray) -> FloatArray:
         """See :class:`LinearMap`."""
         flat = rows.reshape(-1, self.weight.shape[0])
-        out: FloatArray = np.matmul(flat, self.weight).reshape(*rows.shape[:2], -1)
-        return out
+        return _product(flat, self.weight).reshape(len(rows), -1)
 
     def magnitude(self) -> Dense:
         """See :class:`LinearMap`."""
         return Dense(np.abs(self.weight), self.positions)
+
+
+def _product(left: FloatArray, right: FloatArray) -> FloatArray:
+    """``left @ right``, as a stack of products so small that BLAS starts no threads for them.
+
+    Starting threads costs more than it gains where matrices are small and calls are many.
+    """
+    out: FloatArray = np.empty((len(left), right.shape[1]))
+    block = _BLAS_SERIAL // right.size
+    whole = len(left) // block * block if block >= _FEWEST_ROWS else 0
+    if whole:
+        stack = left[:whole].reshape(whole // block, block, -1)
+        np.matmul(stack, right, out=out[:whole].reshape(whole // block, block, -1))
+    np.matmul(left[whole:], right, out=out[whole:])
+    return out
 
 
 class Diagonal:
@@ -208,7 +225,7 @@ class Conv:
 
     def transpose(self, rows: FloatArray) -> FloatArray:
         """See :class:`LinearMap`."""
-        count = rows.shape[0] * rows.shape[1]
+        count = len(rows)
         channels, height, width = self.in_shape
         top, left, bottom, right = self.padding
         _, _, kh, kw = self.weight.shape
@@ -219,7 +236,7 @@ class Conv:
         for ky, kx, ys, xs in self._slices():
             out[:, :, ys, xs] += columns[:, :, ky, kx]
         cropped: FloatArray = out[:, :, top : top + height, left : left + width]
-        return cropped.reshape(*rows.shape[:2], -1)
+        return cropped.reshape(count, -1)
 
     def magnitude(self) -> Conv:
         """See :class:`LinearMap`."""

@@ -100,29 +100,27 @@ class Enclosure:
         self.radius = radius * (1.0 + 4.0 * UNIT) + UNDERFLOW
         self.reach = np.maximum(np.abs(lower), np.abs(upper))
 
-    def concretize(self, rows: FloatArray, magnitude: FloatArray) -> FloatArray:
-        """Lower bounds (b, r) of ``rows @ x`` over the intervals; ``magnitude`` is |rows|.
+    def concretize(self, rows: FloatArray, boxes: IntArray) -> FloatArray:
+        """Lower bounds (r,) of ``rows[i] @ x`` over the intervals of box ``boxes[i]``.
 
         Not finite whenever a coefficient is not finite, because the radius is positive.
         """
         # both products are off by at most g_n |rows| reach, since center and radius <= reach;
         # gamma(n) is more than twice g_n
-        spread = self.radius + gamma(rows.shape[2]) * self.reach
-        return sum_below(row_dot(rows, self.center), -row_dot(magnitude, spread))
+        spread = self.radius + gamma(rows.shape[1]) * self.reach
+        return sum_below(row_dot(rows, self.center, boxes), -row_dot(np.abs(rows), spread, boxes))
 
     def underflow(self) -> FloatArray:
-        """(b, 1): covers underflow in any coefficient of a row applied to this value."""
-        total: FloatArray = UNDERFLOW * (1.0 + self.reach.sum(axis=1, keepdims=True))
+        """(b,): covers underflow in any coefficient of a row applied to this value."""
+        total: FloatArray = UNDERFLOW * (1.0 + self.reach.sum(axis=1))
         return total
 
 
 class Relaxation(Protocol):
     """Linear bounds of an operator on a batch of boxes."""
 
-    def pull_back(
-        self, rows: FloatArray, magnitude: FloatArray
-    ) -> tuple[list[FloatArray], FloatArray]:
-        """Rows on each input and the gain (b, r); see the module's promise."""
+    def pull_back(self, rows: FloatArray, boxes: IntArray) -> tuple[list[FloatArray], FloatArray]:
+        """Rows (r, n) on each input and the gain (r,); see the module's promise."""
 
 
 class Operator(Protocol):
@@ -226,13 +224,11 @@ class _AffineRelaxation:
     def __init__(self, operator: Affine, slack: FloatArray | None, underflow: FloatArray) -> None:
         self._operator, self._slack, self._underflow = operator, slack, underflow
 
-    def pull_back(
-        self, rows: FloatArray, magnitude: FloatArray
-    ) -> tuple[list[FloatArray], FloatArray]:
+    def pull_back(self, rows: FloatArray, boxes: IntArray) -> tuple[list[FloatArray], FloatArray]:
         pieces = [m.transpose(rows) for m in self._operator.maps]
-        terms = [-self._underflow]
+        terms = [-self._underflow[boxes]]
         if self._slack is not None:
-            terms.append(-row_dot(magnitude, self._slack))
+            terms.append(-row_dot(np.abs(rows), self._slack, boxes))
         if self._operator.bias is not None:
             terms.append(np.matmul(rows, self._operator.bias))
         return pieces, sum_below(*terms)
@@ -292,28 +288,31 @@ class _LineRelaxation:
         offsets: tuple[FloatArray, FloatArray],
         error: FloatArray,
     ) -> None:
-        self._slopes, self._offsets = slopes, offsets
         steepness = np.maximum(np.abs(slopes[0]), np.abs(slopes[1]))
         shift = np.maximum(np.abs(offsets[0]), np.abs(offsets[1]))
         # each coefficient is one product; the gain is one sum of n products
         size = steepness * box.reach + shift + error
-        self._slack = gamma(size.shape[1]) * size * INFLATION + UNDERFLOW
+        slack = gamma(size.shape[1]) * size * INFLATION + UNDERFLOW
+        self._slopes, self._offsets = slopes, (offsets[0] - slack, offsets[1] + slack)
         self._underflow = box.underflow()
 
-    def pull_back(
-        self, rows: FloatArray, magnitude: FloatArray
-    ) -> tuple[list[FloatArray], FloatArray]:
+    def pull_back(self, rows: FloatArray, boxes: IntArray) -> tuple[list[FloatArray], FloatArray]:
         positive, negative = np.maximum(rows, 0.0), np.minimum(rows, 0.0)
         (low, high), (below, above) = self._slopes, self._offsets
-        piece = positive * low[:, None, :]
-        piece += negative * high[:, None, :]
         gain = sum_below(
-            row_dot(positive, below),
-            row_dot(negative, above),
-            -row_dot(magnitude, self._slack),
-            -self._underflow,
+            row_dot(positive, below, boxes),
+            row_dot(negative, above, boxes),
+            -self._underflow[boxes],
         )
-        return [piece], gain
+        positive *= _pick(low, boxes)
+        negative *= _pick(high, boxes)
+        positive += negative
+        return [positive], gain
+
+
+def _pick(vectors: FloatArray, boxes: IntArray) -> FloatArray:
+    """The vector of every row's box, (r, n), or (1, n) where there is only one box."""
+    return vectors if len(vectors) == 1 else vectors.take(boxes, axis=0)
 
 
 class MaxPool:
@@ -365,20 +364,17 @@ class _PoolRelaxation:
         self._slack = gamma(terms) * size * INFLATION + UNDERFLOW
         self._underflow = box.underflow()
 
-    def pull_back(
-        self, rows: FloatArray, magnitude: FloatArray
-    ) -> tuple[list[FloatArray], FloatArray]:
-        batch = max(rows.shape[0], self._chosen.shape[0])
-        moved = np.where(self._dominant[:, None, :], rows, np.maximum(rows, 0.0))
-        piece = np.zeros((batch, rows.shape[1], self._operator.in_size))
+    def pull_back(self, rows: FloatArray, boxes: IntArray) -> tuple[list[FloatArray], FloatArray]:
+        dominant, chosen = self._dominant[boxes], self._chosen[boxes]
+        moved = np.where(dominant, rows, np.maximum(rows, 0.0))
+        piece = np.zeros((len(rows), self._operator.in_size))
         for tap in range(self._operator.windows.shape[1]):
             inside = self._operator.windows[:, tap] >= 0
             targets = self._operator.windows[inside, tap]  # distinct within one tap
-            here = (self._chosen == tap)[:, None, inside]
-            piece[:, :, targets] += np.where(here, moved[:, :, inside], 0.0)
+            piece[:, targets] += np.where(chosen[:, inside] == tap, moved[:, inside], 0.0)
         gain = sum_below(
-            row_dot(np.minimum(rows, 0.0), self._constant),
-            -row_dot(magnitude, self._slack),
-            -self._underflow,
+            row_dot(np.minimum(rows, 0.0), self._constant, boxes),
+            -row_dot(np.abs(rows), self._slack, boxes),
+            -self._underflow[boxes],
         )
         return [piece], gain

@@ -16,15 +16,23 @@ from torch_prepared.certify.network import CheckedNetwork
 from torch_prepared.certify.operators import Arithmetic, Enclosure, Operator, Relaxation, SlopePair
 from torch_prepared.certify.records import InputRecord
 from torch_prepared.certify.regions import bound_on_region
-from torch_prepared.certify.rounding import INFLATION, UNIT, BoolArray, FloatArray, sum_below
+from torch_prepared.certify.rounding import (
+    INFLATION,
+    UNIT,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    row_dot,
+    sum_below,
+)
 
 __all__ = ["Bounds", "Propagation"]
 
 Bounds = tuple[FloatArray, FloatArray]
 """Lower and upper ends, each (b, n)."""
 
-_ROW_BUDGET = 2**19  # scalars of one chunk of rows
-_FEWEST_ROWS = 16
+_ROW_BUDGET = 2**16  # scalars of one chunk of rows; fits a core's cache
+_FEWEST_ROWS = 64
 
 
 class Propagation:
@@ -91,31 +99,27 @@ class Propagation:
         """Intersect the enclosure of ``name`` with backward bounds of its contested entries.
 
         Each box has its own contested entries, so that its bounds do not depend on the batch that
-        it is in. Boxes with fewer than others compute some entries for nothing.
+        it is in.
         """
         box = self.enclosures[name]
         contested = np.zeros(box.lower.shape, dtype=np.bool_)
         for reader in self._network.operators:
             if name in reader.sources:
                 contested |= reader.contested(box)
-        width = int(contested.sum(axis=1).max(initial=0))
-        entries = np.argsort(~contested, axis=1, kind="stable")[:, :width]
+        owners, entries = np.nonzero(contested)
         low, high = box.lower.copy(), box.upper.copy()
-        step = max(_FEWEST_ROWS, _ROW_BUDGET // (2 * len(low) * self._workspace(name)))
-        for start in range(0, width, step):
-            part = entries[:, start : start + step]
-            rows = np.zeros((len(low), 2 * part.shape[1], low.shape[1]))
-            np.put_along_axis(rows[:, : part.shape[1]], part[:, :, None], 1.0, axis=2)
-            np.put_along_axis(rows[:, part.shape[1] :], part[:, :, None], -1.0, axis=2)
-            nothing = np.zeros((1, 2 * part.shape[1]))
-            found = self.lower_bounds(name, rows, nothing, cuts=False)
-            below, above = found[:, : part.shape[1]], -found[:, part.shape[1] :]
-            wanted = np.take_along_axis(contested, part, axis=1)
-            old_low, old_high = (np.take_along_axis(end, part, axis=1) for end in (low, high))
-            below = np.where(wanted, np.maximum(old_low, below), old_low)
-            above = np.where(wanted, np.minimum(old_high, above), old_high)
-            np.put_along_axis(low, part, below, axis=1)
-            np.put_along_axis(high, part, above, axis=1)
+        step = max(_FEWEST_ROWS, _ROW_BUDGET // (2 * self._workspace(name)))
+        for start in range(0, len(entries), step):
+            entry, owner = entries[start : start + step], owners[start : start + step]
+            count = len(entry)
+            rows = np.zeros((2 * count, low.shape[1]))
+            rows[np.arange(count), entry] = 1.0
+            rows[count + np.arange(count), entry] = -1.0
+            found = self.lower_bounds(
+                name, rows, np.zeros(2 * count), np.concatenate([owner, owner]), cuts=False
+            )
+            low[owner, entry] = np.maximum(low[owner, entry], found[:count])
+            high[owner, entry] = np.minimum(high[owner, entry], -found[count:])
         self._accept(name, (np.minimum(low, high), np.maximum(low, high)), {})
 
     def _workspace(self, name: str) -> int:
@@ -128,17 +132,24 @@ class Propagation:
         return widest
 
     def lower_bounds(
-        self, name: str, rows: FloatArray, constant: FloatArray, *, cuts: bool = True
+        self,
+        name: str,
+        rows: FloatArray,
+        constant: FloatArray,
+        boxes: IntArray,
+        *,
+        cuts: bool = True,
     ) -> FloatArray:
-        """Lower bounds (b, r) of ``rows @ value + constant``; NaN where nothing is proved.
+        """Lower bounds (r,) of ``rows @ value + constant``; NaN where nothing is proved.
 
         Args:
             name: of the value.
-            rows: (b, r, n), or (1, r, n) for the same rows on all boxes.
-            constant: (b, r) or (1, r).
+            rows: (r, n).
+            constant: (r,).
+            boxes: (r,) the box over which each row is bounded.
             cuts: also evaluate over the intermediate enclosures and keep the best.
         """
-        frontier = _Frontier(self.enclosures, rows, name, constant, self._readers)
+        frontier = _Frontier(self.enclosures, rows, name, constant, boxes, self._readers)
         operators = {operator.name: operator for operator in self._network.operators}
         for current in reversed(list(operators)):
             if current in frontier.rows:
@@ -148,16 +159,16 @@ class Propagation:
         frontier.measure()
         at_input = frontier.rows.get(self._network.input_name)
         if at_input is not None:
-            bound = bound_on_region(self._region, at_input, np.abs(at_input))
+            bound = bound_on_region(self._region, at_input)
             if bound is not None:
                 frontier.offer(sum_below(frontier.constant, bound))
-        finite = frontier.finite & ~self.failed[:, None] & np.isfinite(frontier.best)
+        finite = frontier.finite & ~self.failed[boxes] & np.isfinite(frontier.best)
         return np.where(finite, frontier.best, np.nan)
 
     def _substitute(self, operator: Operator, frontier: _Frontier) -> None:
         """Replace the rows on an operator's output by rows on its inputs."""
-        rows, magnitude = frontier.take(operator.name)
-        pieces, gain = self._relaxations[operator.name].pull_back(rows, magnitude)
+        rows = frontier.take(operator.name)
+        pieces, gain = self._relaxations[operator.name].pull_back(rows, frontier.boxes)
         frontier.constant = sum_below(frontier.constant, gain)
         for source, piece in zip(operator.sources, pieces, strict=True):
             frontier.put(source, piece)
@@ -172,39 +183,37 @@ class _Frontier:
         rows: FloatArray,
         name: str,
         constant: FloatArray,
+        boxes: IntArray,
         readers: Mapping[str, int],
     ) -> None:
         self._enclosures, self._readers = enclosures, readers
         self.rows: dict[str, FloatArray] = {}
-        self._magnitudes: dict[str, FloatArray] = {}
         self._bounds: dict[str, FloatArray] = {}
-        self.constant = constant
-        self.finite: BoolArray = np.ones((len(enclosures[name].lower), 1), dtype=np.bool_)
-        self.best: FloatArray = np.full((len(self.finite), rows.shape[1]), -np.inf)
+        self.constant, self.boxes = constant, boxes
+        self.finite: BoolArray = np.ones(len(rows), dtype=np.bool_)
+        self.best: FloatArray = np.full(len(rows), -np.inf)
         self.put(name, rows)
 
     def put(self, name: str, piece: FloatArray) -> None:
         """Add rows on a value; the addition of two pieces costs one rounding per entry."""
-        box = self._enclosures[name]
         if name in self.rows:
             piece = self.rows[name] + piece
-        magnitude = np.abs(piece)
         if self._readers[name] > 1:
-            rounding = 4.0 * UNIT * (magnitude @ box.reach[:, :, None])[:, :, 0] * INFLATION
-            self.constant = sum_below(self.constant, -rounding)
-        self.rows[name], self._magnitudes[name] = piece, magnitude
+            reach = row_dot(np.abs(piece), self._enclosures[name].reach, self.boxes)
+            self.constant = sum_below(self.constant, -4.0 * UNIT * reach * INFLATION)
+        self.rows[name] = piece
         self._bounds.pop(name, None)
 
-    def take(self, name: str) -> tuple[FloatArray, FloatArray]:
-        """Remove and return the rows on a value, and their magnitudes."""
+    def take(self, name: str) -> FloatArray:
+        """Remove and return the rows on a value."""
         self._bounds.pop(name, None)
-        return self.rows.pop(name), self._magnitudes.pop(name)
+        return self.rows.pop(name)
 
     def measure(self) -> None:
         """Concretize at the present cut; what is not finite anywhere proves nothing."""
         for name in self.rows.keys() - self._bounds.keys():
             box = self._enclosures[name]
-            self._bounds[name] = box.concretize(self.rows[name], self._magnitudes[name])
+            self._bounds[name] = box.concretize(self.rows[name], self.boxes)
             self.finite = self.finite & np.isfinite(self._bounds[name])
         self.offer(sum_below(self.constant, *self._bounds.values()))
 

@@ -51,34 +51,31 @@ def check_region(region: InputRecord, size: int, where: str) -> None:
             raise refuse("a vertex outside of its box", "vertices within [lower, upper]")
 
 
-def bound_on_region(
-    region: InputRecord, rows: FloatArray, magnitude: FloatArray
-) -> FloatArray | None:
-    """Lower bounds (b, r) of ``rows @ x`` over the region's curved or polyhedral part.
+def bound_on_region(region: InputRecord, rows: FloatArray) -> FloatArray | None:
+    """Lower bounds (r,) of ``rows @ x`` over the region's curved or polyhedral part.
 
     For a ball, ``a @ x >= a @ center - radius * dual_norm(a)``; for a hull, the minimum over the
     vertices. None for a box, whose bound the caller has already.
 
     Args:
         region: as accepted by :func:`check_region`.
-        rows: (b, r, n).
-        magnitude: ``|rows|``.
+        rows: (r, n).
     """
-    rounding = gamma(rows.shape[2])
+    rounding, magnitude = gamma(rows.shape[1]), np.abs(rows)
     if region.kind == "lp_ball" and region.center is not None and region.radius is not None:
         if region.p == math.inf:
-            dual = magnitude.sum(axis=2)
+            dual = magnitude.sum(axis=1)
         elif region.p == 1.0:
-            dual = magnitude.max(axis=2)
+            dual = magnitude.max(axis=1)
         else:
             # scaled, so that squares neither overflow nor underflow harmfully
-            scale = np.maximum(magnitude.max(axis=2, keepdims=True), np.finfo(np.float64).tiny)
-            dual = np.sqrt(np.square(magnitude / scale).sum(axis=2)) * scale[:, :, 0]
+            scale = np.maximum(magnitude.max(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+            dual = np.sqrt(np.square(magnitude / scale).sum(axis=1)) * scale[:, 0]
         error = rounding * (magnitude @ np.abs(region.center)) * INFLATION
         deviation = region.radius * dual * (1.0 + rounding)
         return sum_below(rows @ region.center, -error, -deviation)
     if region.kind == "v_polytope" and region.vertices is not None:
         sizes = np.abs(region.vertices).max(axis=0)
         error = rounding * (magnitude @ sizes) * INFLATION
-        return sum_below((rows @ region.vertices.T).min(axis=2), -error)
+        return sum_below((rows @ region.vertices.T).min(axis=1), -error)
     return None

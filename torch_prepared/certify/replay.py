@@ -18,7 +18,7 @@ from torch_prepared.errors import CertificateError
 __all__ = ["TreeReplay"]
 
 _BATCH_BUDGET = 2**22  # scalars of one batch of boxes times the widest value
-_LARGEST_BATCH = 96  # larger ones make BLAS start threads that cost more than they gain
+_LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,29 @@ class TreeReplay:
                 leaves = batch if at_leaf.all() else batch.take(at_leaf)
                 yield self._leaf_number[leaves.nodes], self._bound_leaves(leaves)
             if not at_leaf.all():
-                pending += self._children(batch.take(~at_leaf))
+                pending.append(self._children(batch.take(~at_leaf)))
+
+    def _next_batch(self, pending: list[_Batch], limit: int) -> _Batch:
+        """Up to ``limit`` nodes on which there is something to compute, from the end of a stack.
+
+        Nodes that are merely split are replaced by their children on the way. The stack is used
+        depth first, so that memory is bounded.
+        """
+        ready: list[_Batch] = []
+        room = limit
+        while pending and room:
+            part = pending.pop()
+            if len(part.nodes) > room:
+                pending.append(part.take(slice(room, None)))
+                part = part.take(slice(room))
+            idle = (self._proof.split_dim[part.nodes] >= 0) & ~self._proof.tighten[part.nodes]
+            if idle.any():
+                pending.append(self._children(part.take(idle)))
+                part = part.take(~idle)
+            if len(part.nodes):
+                ready.append(part)
+                room -= len(part.nodes)
+        return _Batch.join(ready)
 
     def _batch_limit(self) -> int:
         """How many boxes to treat at once."""
@@ -146,21 +168,7 @@ class TreeReplay:
             rows = max(rows, min(64, widest))
         return int(np.clip(_BATCH_BUDGET // (widest * rows), 1, _LARGEST_BATCH))
 
-    @staticmethod
-    def _next_batch(pending: list[_Batch], limit: int) -> _Batch:
-        """Up to ``limit`` nodes from the end of ``pending``; depth first, so memory is bounded."""
-        parts, count = [], 0
-        while pending and count < limit:
-            part = pending.pop()
-            room = limit - count
-            if len(part.nodes) > room:
-                pending.append(part.take(slice(room, None)))
-                part = part.take(slice(room))
-            parts.append(part)
-            count += len(part.nodes)
-        return _Batch.join(parts)
-
-    def _children(self, batch: _Batch) -> list[_Batch]:
+    def _children(self, batch: _Batch) -> _Batch:
         """Both halves of every box.
 
         A plane outside of a box is moved to its nearest face; the halves still cover the box.
@@ -174,7 +182,7 @@ class TreeReplay:
         lower[line, dim] = value
         left = _Batch(batch.nodes + 1, batch.lower, upper, batch.known)
         right = _Batch(self._right[batch.nodes], lower, batch.upper, batch.known)
-        return [right, left]
+        return _Batch.join([right, left])
 
     def _tighten(self, batch: _Batch, flagged: IntArray) -> _Batch:
         """The batch with bounds of the planned values recomputed at the flagged nodes."""
@@ -220,7 +228,11 @@ class TreeReplay:
         constant = np.stack(
             [offset[claimed[:, c]] for c, (_, offset) in enumerate(self._prop.clauses)], axis=1
         )
-        return state.lower_bounds(self._network.output_name, rows, constant)
+        boxes = np.repeat(np.arange(len(claimed)), claimed.shape[1])
+        found = state.lower_bounds(
+            self._network.output_name, rows.reshape(len(boxes), -1), constant.ravel(), boxes
+        )
+        return found.reshape(claimed.shape)
 
 
 def _slopes_at(pair: Slopes, number: IntArray) -> SlopePair:

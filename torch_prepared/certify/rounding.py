@@ -57,21 +57,22 @@ def gamma(terms: int, unit: float = UNIT) -> float:
     return 2.0 * total / (1.0 - total) if total < 0.25 else float("inf")
 
 
-def row_dot(rows: FloatArray, vectors: FloatArray) -> FloatArray:
-    """Row-wise products ``rows[i] @ vectors[i]``.
+def row_dot(rows: FloatArray, vectors: FloatArray, boxes: IntArray) -> FloatArray:
+    """Products ``rows[i] @ vectors[boxes[i]]``.
 
     Args:
-        rows: (b, r, n), or (1, r, n) when the rows are the same for every box.
-        vectors: (b, n).
+        rows: (r, n).
+        vectors: (b, n), one for every box.
+        boxes: (r,) which box a row belongs to.
 
     Returns:
-        (b, r), in plain rounded arithmetic.
+        (r,), in plain rounded arithmetic.
     """
     out: FloatArray
-    if rows.shape[0] == 1:
-        out = np.matmul(vectors, rows[0].T)
+    if len(vectors) == 1:
+        out = np.einsum("rn,n->r", rows, vectors[0])
     else:
-        out = np.matmul(rows, vectors[:, :, None])[:, :, 0]
+        out = np.einsum("rn,rn->r", rows, vectors.take(boxes, axis=0))
     return out
 
 
