@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -15,10 +15,12 @@ from torch_prepared.certify.certificate import Certificate, property_digest, wei
 from torch_prepared.certify.encoding import digest
 from torch_prepared.certify.network import CheckedNetwork, read_network
 from torch_prepared.certify.operators import Arithmetic
+from torch_prepared.certify.parallel import run_in_processes
 from torch_prepared.certify.proof import ProofTree
 from torch_prepared.certify.records import NetworkRecord, PropertyRecord
 from torch_prepared.certify.regions import check_region
 from torch_prepared.certify.replay import TreeReplay
+from torch_prepared.certify.rounding import FloatArray, IntArray
 from torch_prepared.errors import CertificateError
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
+_FEWEST_LEAVES = 2000  # per worker; below, starting a process costs more than it gains
 
 
 class Verdict(Enum):
@@ -78,6 +81,7 @@ def check_certificate(
     activation_ulp: float | None = None,
     progress: Progress | None = None,
     time_limit: float | None = None,
+    workers: int = 1,
 ) -> CheckResult:
     """Replay a certificate against a network and properties that are given independently.
 
@@ -92,6 +96,7 @@ def check_certificate(
             place of ``max(1, |value|, |x|)``; without it such networks stay UNKNOWN.
         progress: called with (leaves done, leaves) over all properties.
         time_limit: seconds; what is not done by then stays UNKNOWN.
+        workers: processes that share the leaves of a large tree.
 
     Returns:
         The verdict; CERTIFIED only if every leaf of every property was proved.
@@ -133,7 +138,10 @@ def check_certificate(
             if progress is not None:
                 progress(before + leaves, total)
 
-        checks.append(_check_tree(prop, proof, replay, report, deadline))
+        bounds = replay.run()
+        if workers > 1 and proof.leaves >= workers * _FEWEST_LEAVES:
+            bounds = run_in_processes(network, prop, proof, mode, workers)
+        checks.append(_check_tree(prop, proof, bounds, report, deadline))
         done += proof.leaves
     certified = all(check.status is Verdict.CERTIFIED for check in checks)
     return CheckResult(
@@ -190,33 +198,36 @@ def _check_property(prop: PropertyRecord, network: CheckedNetwork) -> None:
 def _check_tree(
     prop: PropertyRecord,
     proof: ProofTree,
-    replay: TreeReplay,
+    replayed: Iterator[tuple[IntArray, FloatArray]],
     report: Callable[[int], None],
     deadline: float,
 ) -> PropertyCheck:
-    """Replay one tree; stops at the first batch with a leaf that fails."""
+    """Judge the bounds of one tree; stops at the first batch with a leaf that fails."""
     proved = np.zeros(proof.leaves, dtype=np.bool_)
     margin, reason, done = math.inf, "", 0
-    with np.errstate(all="ignore"):  # non-finite results are looked for explicitly
-        for leaves, bounds in replay.run():
-            # comparisons with NaN are False
-            good = (bounds > 0.0) if prop.strict else (bounds >= 0.0)
-            proved[leaves] = good.all(axis=1)
-            worst = bounds.min(axis=1)
-            margin = float(np.minimum(margin, worst.min()))
-            done += len(leaves)
-            report(done)
-            if not proved[leaves].all():
-                position = int(np.flatnonzero(~proved[leaves])[0])
-                clause = int(np.flatnonzero(~good[position])[0])
-                bound = float(bounds[position, clause])
-                reason = f"leaf {int(leaves[position])}, clause {clause}: " + (
-                    "bounds are not finite" if math.isnan(bound) else f"lower bound {bound:.6g}"
-                )
-                break
-            if time.monotonic() > deadline and done < proof.leaves:
-                reason = f"time limit reached after {done} of {proof.leaves} leaves"
-                break
+    try:
+        with np.errstate(all="ignore"):  # non-finite results are looked for explicitly
+            for leaves, bounds in replayed:
+                # comparisons with NaN are False
+                good = (bounds > 0.0) if prop.strict else (bounds >= 0.0)
+                proved[leaves] = good.all(axis=1)
+                worst = bounds.min(axis=1)
+                margin = float(np.minimum(margin, worst.min()))
+                done += len(leaves)
+                report(done)
+                if not proved[leaves].all():
+                    position = int(np.flatnonzero(~proved[leaves])[0])
+                    clause = int(np.flatnonzero(~good[position])[0])
+                    bound = float(bounds[position, clause])
+                    reason = f"leaf {int(leaves[position])}, clause {clause}: " + (
+                        "bounds are not finite" if math.isnan(bound) else f"lower bound {bound:.6g}"
+                    )
+                    break
+                if time.monotonic() > deadline and done < proof.leaves:
+                    reason = f"time limit reached after {done} of {proof.leaves} leaves"
+                    break
+    except (CertificateError, OSError) as error:
+        reason = f"replay failed: {error}"
     certified = not reason and bool(proved.all())
     status = Verdict.CERTIFIED if certified else Verdict.UNKNOWN
     if not certified and not reason:

@@ -23,9 +23,13 @@ _LARGEST_BATCH = 1024
 
 @dataclass(frozen=True)
 class _Batch:
-    """Tree nodes with their boxes and the bounds that their ancestors proved."""
+    """Tree nodes with their boxes and the bounds that their ancestors proved.
+
+    The subtree of ``nodes[i]`` is the range of nodes from itself to before ``ends[i]``.
+    """
 
     nodes: IntArray
+    ends: IntArray
     lower: FloatArray
     upper: FloatArray
     known: Mapping[str, Bounds]
@@ -33,7 +37,9 @@ class _Batch:
     def take(self, chosen: np.ndarray | slice) -> _Batch:
         """The sub-batch at positions (or a mask) ``chosen``."""
         known = {k: (low[chosen], high[chosen]) for k, (low, high) in self.known.items()}
-        return _Batch(self.nodes[chosen], self.lower[chosen], self.upper[chosen], known)
+        return _Batch(
+            self.nodes[chosen], self.ends[chosen], self.lower[chosen], self.upper[chosen], known
+        )
 
     @staticmethod
     def join(parts: list[_Batch]) -> _Batch:
@@ -49,6 +55,7 @@ class _Batch:
         }
         return _Batch(
             np.concatenate([p.nodes for p in parts]),
+            np.concatenate([p.ends for p in parts]),
             np.concatenate([p.lower for p in parts]),
             np.concatenate([p.upper for p in parts]),
             known,
@@ -80,6 +87,7 @@ class TreeReplay:
         self._check()
         self._right = proof.right_children()
         self._leaf_number = np.cumsum(proof.split_dim < 0) - 1
+        self._leaves_before = np.concatenate([[0], self._leaf_number + 1])
         self._flag_number = np.cumsum(proof.tighten) - 1
 
     def _check(self) -> None:
@@ -111,11 +119,15 @@ class TreeReplay:
                         f"expected {operator.size}"
                     )
 
-    def run(self) -> Iterator[tuple[IntArray, FloatArray]]:
+    def run(self, part: slice | None = None) -> Iterator[tuple[IntArray, FloatArray]]:
         """Yield (leaf numbers (b,), lower bounds (b, clauses)) until all leaves are done.
 
         A bound is NaN where nothing was proved.
+
+        Args:
+            part: leaf numbers to do, a range; all when None.
         """
+        wanted = slice(0, self._proof.leaves) if part is None else part
         region = self._prop.region
         known = {}
         if self._proof.tighten.any():
@@ -124,10 +136,16 @@ class TreeReplay:
             for name in self._proof.plan:
                 everything = np.full((1, sizes[name]), np.inf)
                 known[name] = (-everything, everything)
-        root = _Batch(np.zeros(1, dtype=np.int64), region.lower[None], region.upper[None], known)
+        root = _Batch(
+            np.zeros(1, dtype=np.int64),
+            np.array([len(self._proof.split_dim)]),
+            region.lower[None],
+            region.upper[None],
+            known,
+        )
         pending, limit = [root], self._batch_limit()
         while pending:
-            batch = self._next_batch(pending, limit)
+            batch = self._next_batch(pending, limit, wanted)
             flagged = self._proof.tighten[batch.nodes]
             if flagged.any():
                 batch = self._tighten(batch, np.flatnonzero(flagged))
@@ -138,16 +156,16 @@ class TreeReplay:
             if not at_leaf.all():
                 pending.append(self._children(batch.take(~at_leaf)))
 
-    def _next_batch(self, pending: list[_Batch], limit: int) -> _Batch:
+    def _next_batch(self, pending: list[_Batch], limit: int, wanted: slice) -> _Batch:
         """Up to ``limit`` nodes on which there is something to compute, from the end of a stack.
 
-        Nodes that are merely split are replaced by their children on the way. The stack is used
-        depth first, so that memory is bounded.
+        Nodes that are merely split are replaced by their children on the way, those without
+        wanted leaves are dropped. The stack is used depth first, so that memory is bounded.
         """
         ready: list[_Batch] = []
         room = limit
         while pending and room:
-            part = pending.pop()
+            part = self._with_leaves(pending.pop(), wanted)
             if len(part.nodes) > room:
                 pending.append(part.take(slice(room, None)))
                 part = part.take(slice(room))
@@ -158,7 +176,13 @@ class TreeReplay:
             if len(part.nodes):
                 ready.append(part)
                 room -= len(part.nodes)
-        return _Batch.join(ready)
+        return _Batch.join(ready) if ready else part
+
+    def _with_leaves(self, batch: _Batch, wanted: slice) -> _Batch:
+        """The nodes that have leaves in a range."""
+        first, last = self._leaves_before[batch.nodes], self._leaves_before[batch.ends]
+        inside = (first < wanted.stop) & (last > wanted.start)
+        return batch if inside.all() else batch.take(inside)
 
     def _batch_limit(self) -> int:
         """How many boxes to treat at once."""
@@ -180,8 +204,9 @@ class TreeReplay:
         upper, lower = batch.upper.copy(), batch.lower.copy()
         upper[line, dim] = value
         lower[line, dim] = value
-        left = _Batch(batch.nodes + 1, batch.lower, upper, batch.known)
-        right = _Batch(self._right[batch.nodes], lower, batch.upper, batch.known)
+        middle = self._right[batch.nodes]
+        left = _Batch(batch.nodes + 1, middle, batch.lower, upper, batch.known)
+        right = _Batch(middle, batch.ends, lower, batch.upper, batch.known)
         return _Batch.join([right, left])
 
     def _tighten(self, batch: _Batch, flagged: IntArray) -> _Batch:
@@ -197,7 +222,7 @@ class TreeReplay:
             failed = np.where(state.failed, np.nan, 0.0)[:, None]
             low[flagged], high[flagged] = enclosure.lower + failed, enclosure.upper + failed
             known[name] = (low, high)
-        return _Batch(batch.nodes, batch.lower, batch.upper, known)
+        return _Batch(batch.nodes, batch.ends, batch.lower, batch.upper, known)
 
     def _propagate(
         self,
