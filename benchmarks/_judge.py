@@ -22,7 +22,7 @@ from torch_prepared.core.onnx import OnnxSession, load_onnx
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Property, load_vnnlib
 
-__all__ = ["Attack", "Drawdown", "attack_network", "compare_networks"]
+__all__ = ["Attack", "Drawdown", "PropertyAttack", "attack_network", "compare_networks"]
 
 CHUNK = 4096
 RANDOM_POINTS = 2000
@@ -62,16 +62,27 @@ class Drawdown:
 
 
 @dataclass(frozen=True)
+class PropertyAttack:
+    """Smallest safety margin of one property, and whether it violates beyond float32 rounding."""
+
+    name: str
+    violated: bool
+    margin: float
+
+
+@dataclass(frozen=True)
 class Attack:
     """Worst point that was found; a violation must exceed float32 rounding.
 
-    ``points`` were evaluated by onnxruntime. ``margin`` is the smallest safety margin there.
+    ``points`` were evaluated by onnxruntime. ``margin`` is the smallest safety margin there,
+    ``properties`` are the single ones, in the order of the files.
     """
 
     violated: bool
     margin: float
     points: int
     engine_difference: float
+    properties: tuple[PropertyAttack, ...]
 
 
 def compare_networks(
@@ -122,7 +133,7 @@ def attack_network(
     Points are found with the imported graph and judged by onnxruntime.
     """
     generator = torch.Generator().manual_seed(seed)
-    worst, violated, count, difference = float("inf"), False, 0, 0.0
+    singles, count, difference = [], 0, 0.0
     for prop in properties:
         start = prop.region.sample(RANDOM_POINTS, generator)
         corners = prop.region.corner(
@@ -136,12 +147,14 @@ def attack_network(
         y = torch.from_numpy(session(found.numpy())).double()
         margins = prop.safe.margin(y)
         slack = TOLERANCE * (1 + y.abs().amax(dim=1))
-        violated |= bool((~(margins >= -slack)).any())
-        worst = min(worst, float(margins.min()))
+        violated = bool((~(margins >= -slack)).any())
+        singles.append(PropertyAttack(prop.name, violated, float(margins.min())))
         count += len(found)
         gap = (y - _outputs(graph, found).double()).abs() / (1 + y.abs())
         difference = max(difference, float(gap.max()))
-    return Attack(violated, worst, count, difference)
+    worst = min([float("inf"), *(single.margin for single in singles)])
+    violated = any(single.violated for single in singles)
+    return Attack(violated, worst, count, difference, tuple(singles))
 
 
 def _descend(graph: Graph, prop: Property, points: Tensor) -> Tensor:
@@ -179,8 +192,7 @@ def _outputs(graph: Graph, points: Tensor) -> Tensor:
 def judge(task: dict[str, object]) -> dict[str, object]:
     """Everything about one edited file; ``task`` names the files."""
     torch.set_num_threads(int(str(task["threads"])))
-    files = [str(name) for name in task["properties"]]  # type: ignore[attr-defined]
-    properties = [p for name in files for p in load_vnnlib(name)]
+    properties, keep = (_load(task, role) for role in ("properties", "keep"))
     before = load_onnx(str(task["original"])).graph
     edited = load_onnx(str(task["edited"]))
     with np.load(str(task["evaluate"]), allow_pickle=False) as stored:
@@ -189,8 +201,14 @@ def judge(task: dict[str, object]) -> dict[str, object]:
         known = stored["inputs"]
     drawdown = compare_networks(before, edited.graph, properties, inputs, labels, str(task["kind"]))
     session = OnnxSession(edited, threads=int(str(task["threads"])))
-    attack = attack_network(session, edited.graph, properties, known, int(str(task["seed"])))
+    every = [*properties, *keep]
+    attack = attack_network(session, edited.graph, every, known, int(str(task["seed"])))
     return {"drawdown": asdict(drawdown), "attack": asdict(attack)}
+
+
+def _load(task: dict[str, object], role: str) -> list[Property]:
+    files = task.get(role) or []
+    return [p for name in files for p in load_vnnlib(str(name))]  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

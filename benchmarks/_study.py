@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Settings:
 
     Args:
         method: name of the editor.
-        mode: ``single`` property files or ``joint``, all violated ones of a network.
+        mode: ``single`` property files; ``joint``, all violated ones of a network at once; or
+            ``keep``, single ones with those of the network that hold and must still hold.
         limit: seconds given to the editor.
         grace: seconds after ``limit`` at which its process is killed.
         threads: CPU threads of every process.
@@ -78,24 +79,28 @@ def run_case(
         "benchmark": case.benchmark,
         "network": case.onnx,
         "properties": list(case.vnnlib),
+        "keep": list(case.keep),
         "certified": False,
     }
     edited, certificate = work / "edited.onnx", work / "certificate.json.gz"
     files = [str(path) for path in case.property_files]
+    keep = [str(path) for path in case.keep_files]
     edit = _run(
         [
             *_entry(settings.method), "edit", str(case.network), *files, "-o", str(edited),
             "--certificate", str(certificate), "--method", settings.method,
             "--preserve", str(work / "preserve.npz"), "--time-limit", str(settings.limit),
             *(("--norm", settings.norm) if settings.norm else ()), *settings.arguments,
+            *(word for name in keep for word in ("--keep", name)),
         ],
         settings, settings.limit + settings.grace, stop,
     )  # fmt: skip
     row |= _edit_columns(edit)
+    row["per_property"] = property_rows(_answer(edit), {}, {})
     if not (edited.exists() and certificate.exists() and edit.outcome == "done"):
         return row | {"reason": _reason(edit, row)}
     check = _run(
-        [*_entry("check"), "check", str(certificate), str(edited), *files],
+        [*_entry("check"), "check", str(certificate), str(edited), *files, *keep],
         settings, CHECK_SECONDS, stop,
     )  # fmt: skip
     answer = _answer(check)
@@ -107,15 +112,21 @@ def run_case(
         "total_seconds": edit.seconds + check.seconds,
         "certificate_bytes": certificate.stat().st_size,
     }
+    row["per_property"] = property_rows(_answer(edit), answer, {})
     if check.code != 0 or answer.get("status") != "certified":
         return row | {"reason": f"check: {_last_line(check) or answer.get('status')}"}
-    return row | _judged(case, edited, reference.evaluate.kind, settings, work, stop)
+    found = _judged(case, edited, reference.evaluate.kind, settings, work, stop)
+    judged = found.get("attack")
+    singles = property_rows(_answer(edit), answer, judged if isinstance(judged, dict) else {})
+    if found["certified"] and not (singles and all(single["certified"] for single in singles)):
+        found |= {"certified": False, "reason": "check and judge speak of other properties"}
+    return row | {"per_property": singles} | found
 
 
 def _judged(
     case: Case, edited: Path, kind: str, settings: Settings, work: Path, stop: threading.Event
 ) -> dict[str, object]:
-    """Columns of drawdown and attack; a successful attack takes the certificate's word away."""
+    """Columns of drawdown and attack; a case that could not be judged is not certified either."""
     task = work / "task.json"
     task.write_text(
         json.dumps(
@@ -123,6 +134,7 @@ def _judged(
                 "original": str(case.network),
                 "edited": str(edited),
                 "properties": [str(path) for path in case.property_files],
+                "keep": [str(path) for path in case.keep_files],
                 "evaluate": str(work / "evaluate.npz"),
                 "counterexamples": str(work / "known.npz"),
                 "kind": kind,
@@ -140,8 +152,8 @@ def _judged(
     if judge.code != 0 or not isinstance(attack, dict):
         return {
             "outcome": judge.outcome,
-            "certified": True,
-            "reason": f"judge: {_last_line(judge)}",
+            "certified": False,
+            "reason": f"judge: {_last_line(judge) or judge.outcome}",
         }
     found: dict[str, object] = {"certified": not attack["violated"], **answer}
     if attack["violated"]:
@@ -195,10 +207,56 @@ def _edit_columns(edit: Finished) -> dict[str, object]:
         "phases": answer.get("phases"),
         "margin": answer.get("margin"),
         "message": answer.get("message"),
+        "conflicts": answer.get("conflicts"),
         "peak_bytes": edit.peak_bytes,
         **{name: changed.get(name) for name in ("relative_l2", "l1", "l2", "linf", "changed")},
         "layers": sorted(changed.get("by_parameter") or {}),
     }
+
+
+def property_rows(
+    edit: Mapping[str, object], check: Mapping[str, object], attack: Mapping[str, object]
+) -> list[dict[str, object]]:
+    """One row per property: before the edit, the separate check's verdict, the judge's attack.
+
+    Properties are matched by position, as ``edit``, ``check`` and the judge read the same files in
+    the same order; where names or counts differ nothing is certified.
+
+    Args:
+        edit: what ``edit --json`` printed.
+        check: what ``check --json`` printed; empty when it did not run.
+        attack: the judge's attack; empty likewise.
+    """
+    told = [p for p in _dicts(edit.get("properties")) if p.get("role") != "holdout"]
+    checks, attacks = _dicts(check.get("properties")), _dicts(attack.get("properties"))
+    rows = []
+    for i, prop in enumerate(told):
+        before = prop.get("before")
+        was = before if isinstance(before, dict) else {}
+        seen = checks[i] if len(checks) == len(told) else {}
+        tried = attacks[i] if len(attacks) == len(told) else {}
+        same = prop.get("name") == seen.get("name") == tried.get("name")
+        rows.append(
+            {
+                "name": prop.get("name"),
+                "role": prop.get("role"),
+                "before": was.get("state"),
+                "margin_before": was.get("upper"),
+                "status": seen.get("status", "unknown"),
+                "checked_margin": seen.get("margin"),
+                "attack_margin": tried.get("margin"),
+                "violated": tried.get("violated"),
+                "reason": prop.get("reason") or seen.get("reason") or "",
+                "certified": same
+                and seen.get("status") == "certified"
+                and tried.get("violated") is False,
+            }
+        )
+    return rows
+
+
+def _dicts(value: object) -> list[dict[str, object]]:
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
 def _reason(edit: Finished, row: dict[str, object]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,14 @@ import numpy as np
 
 from torch_prepared.specs import Property, load_vnnlib
 
-__all__ = ["BENCHMARKS", "Case", "find_cases", "merge_by_network", "read_instances"]
+__all__ = [
+    "BENCHMARKS",
+    "Case",
+    "find_cases",
+    "keep_the_rest",
+    "merge_by_network",
+    "read_instances",
+]
 
 BENCHMARKS = (
     "acasxu",
@@ -37,11 +44,13 @@ class Case:
         folder: the benchmark's folder.
         onnx: network, relative to the folder.
         vnnlib: property files, relative to the folder.
+        keep: files of properties that hold and must still hold.
     """
 
     folder: Path
     onnx: str
     vnnlib: tuple[str, ...]
+    keep: tuple[str, ...] = ()
 
     @property
     def benchmark(self) -> str:
@@ -63,6 +72,11 @@ class Case:
     def property_files(self) -> tuple[Path, ...]:
         """Paths of the property files."""
         return tuple(self.folder / name for name in self.vnnlib)
+
+    @property
+    def keep_files(self) -> tuple[Path, ...]:
+        """Paths of the files of properties to keep."""
+        return tuple(self.folder / name for name in self.keep)
 
     @cached_property
     def properties(self) -> tuple[Property, ...]:
@@ -122,7 +136,24 @@ def merge_by_network(cases: Sequence[Case]) -> list[Case]:
     groups: dict[tuple[Path, str], list[str]] = {}
     for case in cases:
         groups.setdefault((case.folder, case.onnx), []).extend(case.vnnlib)
-    return [Case(folder, onnx, tuple(files)) for (folder, onnx), files in groups.items()]
+    return [
+        Case(folder, onnx, tuple(dict.fromkeys(files))) for (folder, onnx), files in groups.items()
+    ]
+
+
+def keep_the_rest(cases: Sequence[Case]) -> list[Case]:
+    """The same cases with every property of the network that is known to hold, to be kept."""
+    return [
+        replace(
+            case,
+            keep=tuple(
+                row["vnnlib"]
+                for row in read_instances(case.folder)
+                if row["onnx"] == case.onnx and row["status"] == "unsat"
+            ),
+        )
+        for case in cases
+    ]
 
 
 def _stem(name: str) -> str:

@@ -90,9 +90,18 @@ def _table_line(benchmark: str, study: Study, rows: Sequence[Row], *, drawdown: 
     name = unit.get(next(iter(kinds), ""), "% of decisions")
     loss = f"{statistics.median(lost):.3g} ({lost[-1]:.3g}) {name}" if lost and drawdown else "-"
     return (
-        f"| {benchmark} | {study.label} | {len(good)} / {len(rows)} | {in_time} | "
+        f"| {benchmark} | {study.label} | {len(good)} / {len(rows)}{_properties(rows)} | "
+        f"{in_time} | "
         f"{_median(seconds)} | {_median(changes)} | {loss} |"
     )
+
+
+def _properties(rows: Sequence[Row]) -> str:
+    """Properties certified, of all, where cases have more than one."""
+    every = [p for row in rows for p in row.get("per_property") or ()]  # type: ignore[attr-defined]
+    if len(every) <= len(rows):
+        return ""
+    return f" ({sum(bool(p['certified']) for p in every)} / {len(every)} properties)"
 
 
 def _median(values: Sequence[float]) -> str:

@@ -1,8 +1,8 @@
 """Provable edits of every violated VNN-COMP'22 instance.
 
 ``python -m benchmarks.fig_vnncomp run --data DATA --method auto [--limit 45] [--threads 2]
-[--benchmarks a,b] [--instances REGEX] [--mode single|joint] [--jobs 1] [--smoke]`` measures and
-writes ``results/vnncomp_<method>[_joint].json`` after every case; running it again continues,
+[--benchmarks a,b] [--instances REGEX] [--mode single|joint|keep] [--jobs 1] [--smoke]`` measures,
+and writes ``results/vnncomp_<method>[_<mode>].json`` after every case; running it again continues,
 ``--fresh`` starts over. ``... plot`` draws what is in ``results``; ``... table`` rewrites the
 table in ``README.md`` between its markers.
 
@@ -30,7 +30,13 @@ from tqdm import tqdm
 
 from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
 from benchmarks._study import Settings, run_case
-from benchmarks._vnncomp import BENCHMARKS, Case, find_cases, merge_by_network
+from benchmarks._vnncomp import (
+    BENCHMARKS,
+    Case,
+    find_cases,
+    keep_the_rest,
+    merge_by_network,
+)
 from benchmarks._vnncomp_report import draw, load_studies, markdown_table, replace_table
 
 __all__ = ["main", "run"]
@@ -38,6 +44,7 @@ __all__ = ["main", "run"]
 README = HERE.parent / "README.md"
 SMOKE = r"^(rl_benchmarks/cartpole|reach_prob_density/robot|tllverifybench/.*N=M=8.*_0)/"
 SMOKE_CASES = 3
+MODES = ("single", "joint", "keep")
 SMOKE_LIMIT = 10.0
 
 
@@ -54,8 +61,14 @@ class _Study:
             self.rows = {row["key"]: row for row in stored["rows"]}
 
     def done(self, case: Case) -> bool:
-        """Whether this case has a row under the same settings."""
-        return self.settings.key(case) in self.rows
+        """Whether this case, with just these property files, has a row under the same settings."""
+        row = self.rows.get(self.settings.key(case))
+        files = list(case.vnnlib)
+        return (
+            row is not None
+            and row.get("properties", files) == files
+            and row.get("keep", []) == list(case.keep)
+        )
 
     def add(self, row: Mapping[str, object]) -> None:
         """Keep a row and write the file."""
@@ -155,6 +168,8 @@ def _guarded(
             "key": settings.key(case),
             "case": case.name,
             "benchmark": case.benchmark,
+            "properties": list(case.vnnlib),
+            "keep": list(case.keep),
             "certified": False,
             "outcome": "harness",
             "reason": f"harness: {type(error).__name__}: {error} ({where.name}:{where.lineno})",
@@ -180,7 +195,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--method", default="auto")
     parser.add_argument("--benchmarks", default=",".join(BENCHMARKS))
     parser.add_argument("--instances", default="", help="regular expression on case names")
-    parser.add_argument("--mode", choices=["single", "joint"], default="single")
+    parser.add_argument("--mode", choices=MODES, default="single")
     parser.add_argument("--limit", type=float, default=45.0, help="seconds for the editor")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds until it is killed")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space")
@@ -212,6 +227,8 @@ def main() -> None:
     )  # fmt: skip
     if options.mode == "joint":
         cases = merge_by_network(cases)
+    elif options.mode == "keep":
+        cases = keep_the_rest(cases)
     if options.smoke:
         cases = list({case.benchmark: case for case in cases}.values())[:SMOKE_CASES]
     settings = Settings(
@@ -226,7 +243,7 @@ def main() -> None:
         fraction=0.02 if options.smoke else 1.0,
         arguments=tuple(shlex.split(options.arguments)),
     )
-    stem = f"vnncomp_{options.method}" + ("_joint" if options.mode == "joint" else "")
+    stem = f"vnncomp_{options.method}" + ("" if options.mode == "single" else f"_{options.mode}")
     output = options.results / f"{stem}{'_smoke' if options.smoke else ''}.json"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -279,3 +279,34 @@ def test_real_networks_are_edited_and_checked(
     )
     assert result.exit_code == 0, result.output
     assert run("check", tmp_path / "cert.json", tmp_path / "out.onnx", prop).exit_code == 0
+
+
+def test_a_violated_property_cannot_be_kept(
+    run: Run, write_model: WriteModel, write_property: WriteProperty, tmp_path: Path
+) -> None:
+    broken = write_property("(>= Y_0 1.2)", name="broken.vnnlib")
+    arguments = (write_model(), write_property(), *outputs(tmp_path), "--keep", broken)
+    line = one_line_error(run("edit", *arguments, "--report", tmp_path / "report.json"))
+    assert "'broken' does not hold before the edit" in line
+    assert_nothing_written(tmp_path)
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--keep", "--holdout"])
+def test_further_property_files_are_read_with_the_same_care(
+    run: Run, write_model: WriteModel, write_property: WriteProperty, tmp_path: Path, option: str
+) -> None:
+    other = write_property(name="other.vnnlib", inputs=3)
+    arguments = (write_model(), write_property(), *outputs(tmp_path), option, other)
+    assert "other.vnnlib" in one_line_error(run("edit", *arguments))
+    assert "no_such" in one_line_error(run("edit", *arguments[:-1], tmp_path / "no_such.vnnlib"))
+    assert_nothing_written(tmp_path)
+
+
+def test_the_report_is_no_other_file_of_the_edit(
+    run: Run, write_model: WriteModel, write_property: WriteProperty, tmp_path: Path
+) -> None:
+    model, prop = write_model(), write_property()
+    for taken in (model, prop, tmp_path / "out.onnx", tmp_path / "cert.json", tmp_path):
+        one_line_error(run("edit", model, prop, *outputs(tmp_path), "--report", taken))
+    assert_nothing_written(tmp_path)

@@ -50,3 +50,17 @@ def test_metric_equals_the_dense_gauss_newton_sketch(
     torch.testing.assert_close(
         metric.solve(delta), solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max())
     )
+
+
+def test_labels_make_thin_leads_weigh_most() -> None:
+    """The directions' second moment is the sum over classes of leads over their sizes."""
+    y = torch.tensor([3.0, 1.0, 2.5])
+    count = 20000
+    noise = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+    made = _metric._lead_directions(noise, y.expand(count, 3))
+    floor = _metric.LEAST_LEAD * 0.5
+    over_1 = torch.tensor([1.0, -1.0, 0.0]) / (2.0 + floor)
+    over_2 = torch.tensor([1.0, 0.0, -1.0]) / (0.5 + floor)
+    wanted = over_1[:, None] * over_1 + over_2[:, None] * over_2
+    torch.testing.assert_close(made.T @ made / count, wanted, rtol=0.05, atol=0.05)
+    assert torch.equal(made.sum(dim=1).abs() < 1e-5, torch.ones(count, dtype=torch.bool))

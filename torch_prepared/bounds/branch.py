@@ -160,11 +160,23 @@ class SplitTree:
         while len(candidates):
             untried[candidates] = False
             self.bound(engine, candidates, chunk)
-            merged = candidates[self._margin[candidates] > self.slack]
-            self._dim[self._left[merged]] = self._dim[self._left[merged] + 1] = DETACHED
-            self._dim[merged] = -1
+            self._detach(candidates[self._margin[candidates] > self.slack])
             candidates = self._parents_of_leaves()
             candidates = candidates[untried[candidates]]
+
+    def merge(self, above: float, count: int) -> None:
+        """Undo up to ``count`` splits whose box had the highest margins above a threshold.
+
+        Margins are those of the last :meth:`coarsen`; the merged boxes are open leaves.
+        """
+        parents = self._parents_of_leaves()
+        parents = parents[self._margin[parents] > above]
+        self._detach(parents[np.argsort(-self._margin[parents])[:count]])
+
+    def _detach(self, parents: Integers) -> None:
+        """Make leaves of nodes whose children are leaves."""
+        self._dim[self._left[parents]] = self._dim[self._left[parents] + 1] = DETACHED
+        self._dim[parents] = -1
 
     def _parents_of_leaves(self) -> Integers:
         inner = np.flatnonzero(self._dim[: self.count] >= 0)
@@ -182,8 +194,11 @@ class SplitTree:
 
     def grow(
         self, engine: LeafEngine, deadline: Deadline, max_leaves: int, chunk: int = 4096
-    ) -> Iterator[int]:
-        """Bound and split breadth first until proved or out of budget; yields leaves bounded."""
+    ) -> Iterator[Integers]:
+        """Bound and split breadth first until proved or out of budget.
+
+        Yields, chunk by chunk, the nodes that were not proved and have just been split.
+        """
         done = 0
         queue = self.open
         fresh = queue[~np.isfinite(self._margin[queue])]
@@ -193,9 +208,9 @@ class SplitTree:
             part, queue = queue[:chunk], queue[chunk:]
             self.bound(engine, part, chunk)
             done += len(part)
-            yield done
             failing = part[~(self._margin[part] > self.slack)]
             queue = np.concatenate([queue, self.split(failing)])
+            yield failing
 
     def _reserve(self, extra: int) -> None:
         self.count += extra

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torch_prepared.cli._edit_outcome import edit_outcome
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import StagedFiles, staged_files
-from torch_prepared.cli.check import CheckConfig, Replay, replay_certificate
+from torch_prepared.cli.check import CheckConfig, replay_certificate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from torch_prepared.core.onnx import OnnxNetwork
-    from torch_prepared.edit import EditReport
     from torch_prepared.edit.verify import CrossCheck
     from torch_prepared.specs import Property
 
@@ -48,7 +48,16 @@ class EditConfig:
     time_limit: float | None = None
     margin: float | None = None
     layers: tuple[str, ...] | None = None
+    keep: tuple[Path, ...] = ()
+    holdout: tuple[Path, ...] = ()
+    report: Path | None = None
     settings: Settings = field(default_factory=Settings)
+
+    @property
+    def sources(self) -> list[Path]:
+        """Every file that is read."""
+        files = [self.model, *self.properties, *self.keep, *self.holdout]
+        return files if self.preserve is None else [*files, self.preserve]
 
 
 def run_edit(config: EditConfig) -> Outcome:
@@ -60,10 +69,22 @@ def run_edit(config: EditConfig) -> Outcome:
     """
     if not config.output.name.endswith(_MODEL_SUFFIXES):
         raise click.UsageError(f"{config.output}: expected a name ending in .onnx or .onnx.gz")
-    sources = [config.model, *config.properties]
-    sources += [] if config.preserve is None else [config.preserve]
-    with staged_files([config.output, config.certificate], sources) as staged:
-        return _edit(config, staged)
+    # Imported here so that help and usage errors come without the delay of loading NumPy.
+    from torch_prepared.cli._report_file import write_record
+
+    wanted = [config.output, config.certificate]
+    wanted += [] if config.report is None else [config.report]
+    with staged_files(wanted, config.sources) as staged:
+        outcome = _edit(config, staged)
+        certified = outcome.code is ExitCode.PROVED
+        if config.report is not None:
+            edited = staged.paths[0] if certified else None
+            write_record(staged.paths[2], config, outcome.data, edited)
+        if certified:
+            staged.commit()
+        else:  # the report of a failed edit is the one file that appears
+            StagedFiles(staged.targets[2:], staged.paths[2:], staged.modes[2:]).commit()
+    return outcome
 
 
 def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
@@ -71,21 +92,21 @@ def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
     from torch_prepared.cli._inputs import load_network, load_properties
     from torch_prepared.core.onnx import OnnxNetwork, save_onnx
     from torch_prepared.edit import edit_network
-    from torch_prepared.edit.attack import find_counterexamples
 
     clock = time.monotonic()
     limit = config.time_limit
     after = _AFTER_MOST if limit is None else min(_AFTER_MOST, _AFTER_SHARE * limit)
     network = load_network(config.model, config.settings.device)
     properties = load_properties(config.properties, network)
+    keep = load_properties(config.keep, network)
     inputs, labels = _reference(config)
     seed = config.settings.seed
-    before = find_counterexamples(network.graph, properties, time_limit=after / 4, seed=seed)
-    logger.info("%d of %d properties are violated", int(before.violated.sum()), len(properties))
     left = None if limit is None else max(limit - after - (time.monotonic() - clock), 0.1)
     result = edit_network(
         network,
         properties,
+        keep=keep,
+        holdout=load_properties(config.holdout, network),
         method=config.method or default_method(),
         preserve=inputs,
         labels=labels,
@@ -101,19 +122,22 @@ def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
     )
     report = result.report
     if result.certificate is None or not isinstance(result.model, OnnxNetwork):
-        return _outcome(config, report, clock, "unknown", report.message or "no certified edit")
+        return edit_outcome(config, report, clock, "unknown", report.message or "no certified edit")
     save_onnx(result.model, {}, staged.paths[0])
     result.certificate.save(staged.paths[1])
     files = CheckConfig(
-        staged.paths[1], staged.paths[0], config.properties, settings=config.settings
+        staged.paths[1],
+        staged.paths[0],
+        (*config.properties, *config.keep),
+        settings=config.settings,
     )
     checked = None if result.check is None else (result.certificate, result.check)
     replay = replay_certificate(files, checked)
     if not replay.certified:
         reason = f"the files as written are not certified: {replay.reason}"
-        return _outcome(config, report, clock, "unknown", reason, replay=replay)
+        return edit_outcome(config, report, clock, "unknown", reason, replay=replay)
     spare = after if limit is None else min(after, max(limit - (time.monotonic() - clock), 1.0))
-    cross = _attack_file(staged.paths[0], properties, before.inputs, spare, seed)
+    cross = _attack_file(staged.paths[0], (*properties, *keep), result.worst_inputs, spare, seed)
     if cross.violations:
         reason = (
             "SOUNDNESS ALARM: onnxruntime violates a certified property "
@@ -121,9 +145,10 @@ def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
             "please report this network"
         )
         click.echo(f"error: {reason}", err=True)
-        return _outcome(config, report, clock, "unknown", reason, replay=replay, cross=cross)
-    staged.commit()
-    return _outcome(config, report, clock, "certified", report.message, replay=replay, cross=cross)
+        return edit_outcome(config, report, clock, "unknown", reason, replay=replay, cross=cross)
+    return edit_outcome(
+        config, report, clock, "certified", report.message, replay=replay, cross=cross
+    )
 
 
 def default_method() -> str:
@@ -155,78 +180,6 @@ def _attack_file(
 
     network: OnnxNetwork = load_network(path)
     return cross_check(network, properties, starts=starts[:, None], time_limit=seconds, seed=seed)
-
-
-def _outcome(
-    config: EditConfig,
-    report: EditReport,
-    clock: float,
-    status: str,
-    message: str,
-    *,
-    replay: Replay | None = None,
-    cross: CrossCheck | None = None,
-) -> Outcome:
-    certified = status == "certified"
-    checks = () if replay is None else replay.check.per_property
-    data = {
-        "status": status,
-        "method": report.method,
-        "message": message,
-        "seconds": time.monotonic() - clock,
-        "phases": report.seconds,
-        "margin": math.nan if replay is None else replay.check.margin,
-        "delta": report.delta,
-        "drawdown": report.drawdown,
-        "certificate": config.certificate if certified else None,
-        "output": config.output if certified else None,
-        "properties": checks,
-        "attempts": report.attempts,
-        "cross_check": cross,
-    }
-    code = ExitCode.PROVED if certified else ExitCode.UNKNOWN
-    seconds = time.monotonic() - clock
-    if not certified:
-        return Outcome(code, data, f"UNKNOWN after {seconds:.1f} s: {message}; nothing was written")
-    lines = [f"CERTIFIED in {seconds:.1f} s: {message}", *_describe(config, report, replay, cross)]
-    return Outcome(code, data, "\n".join(lines))
-
-
-def _describe(
-    config: EditConfig, report: EditReport, replay: Replay | None, cross: CrossCheck | None
-) -> list[str]:
-    """Lines about a certified edit."""
-    delta, lost = report.delta, report.drawdown
-    lines = []
-    if replay is not None:
-        count = len(replay.check.per_property)
-        lines.append(
-            f"  properties   {count} proved by the checker, margin at least "
-            f"{replay.check.margin:.6g}"
-        )
-    lines.append(
-        f"  weights      {delta.changed:,} changed; l1 {delta.l1:.4g}, l2 {delta.l2:.4g}, "
-        f"linf {delta.linf:.4g}, relative {100 * delta.relative_l2:.3g} %"
-    )
-    if lost is not None:
-        parts = [f"output change {100 * lost.relative:.3g} % of its spread"]
-        if lost.agreement is not None:
-            parts.insert(0, f"same decision {100 * lost.agreement:.2f} %")
-        if lost.accuracy_before is not None and lost.accuracy_after is not None:
-            change = f"{100 * lost.accuracy_before:.2f} % -> {100 * lost.accuracy_after:.2f} %"
-            parts.insert(0, f"accuracy {change}")
-        lines.append(f"  behavior     {', '.join(parts)} ({lost.samples} inputs, {lost.source})")
-    if cross is not None:
-        lines.append(
-            f"  cross-check  onnxruntime on {cross.points} worst, corner and random inputs: "
-            f"least margin {cross.smallest_margin:.6g}, no violation"
-        )
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
-    return [
-        *lines,
-        f"  seconds      {phases}",
-        f"  written      {config.output}, {config.certificate}",
-    ]
 
 
 class _Method(click.ParamType[str]):
@@ -290,6 +243,19 @@ class _Domain(click.ParamType[tuple[float, float]]):
 @click.option(
     "--margin", type=click.FloatRange(0), help="Safety margin to aim at, in output units."
 )
+@click.option(
+    "--keep",
+    type=FILE,
+    multiple=True,
+    help="Property (.vnnlib) that holds and must still hold; certified as well. Repeatable.",
+)
+@click.option(
+    "--holdout",
+    type=FILE,
+    multiple=True,
+    help="Property (.vnnlib) to report on before and after, unseen by the editor. Repeatable.",
+)
+@click.option("--report", type=FILE, help="Write all numbers here (.json), even of a failed edit.")
 @click.option("--layers", help="Names of the layers that may change, with commas between.")
 @common_options
 def command(
@@ -305,11 +271,15 @@ def command(
     time_limit: float | None,
     margin: float | None,
     layers: str | None,
+    keep: tuple[Path, ...],
+    holdout: tuple[Path, ...],
+    report: Path | None,
 ) -> None:
     """Change MODEL (.onnx) as little as possible until PROPERTIES (.vnnlib) are certified.
 
     Nothing is written unless the certificate, read back from disk, replays on the network read
-    back from disk and an attack in onnxruntime finds nothing.
+    back from disk and an attack in onnxruntime finds nothing. The certificate covers PROPERTIES,
+    then those to keep.
     """
     if preserve is not None and domain is not None:
         raise click.UsageError("--preserve and --domain: got both; expected one of them")
@@ -325,6 +295,9 @@ def command(
         time_limit=time_limit,
         margin=margin,
         layers=None if layers is None else tuple(name.strip() for name in layers.split(",")),
+        keep=keep,
+        holdout=holdout,
+        report=report,
         settings=settings,
     )
     finish(run_edit(config), settings.json)

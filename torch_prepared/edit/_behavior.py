@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Property
 
-__all__ = ["Drawdown", "Reference"]
+__all__ = ["Drawdown", "Reference", "evaluate_on"]
 
 _CHUNK = 512
 
@@ -93,13 +94,19 @@ class Reference:
             raise SpecError(
                 f"reference labels: got {len(labels)} for {len(inputs)} inputs; expected one each"
             )
-        return cls(inputs, _outputs(graph, inputs), labels, source)
+        return cls(inputs, evaluate_on(graph, inputs), labels, source)
+
+    @cached_property
+    def spread(self) -> float:
+        """Variance of the original outputs on these inputs, summed over outputs; positive."""
+        known = self.outputs.double()
+        spread = float(known.std(dim=0).square().sum()) if len(known) > 1 else 0.0
+        return max(spread, 1e-12 * max(1.0, float(known.square().mean())))
 
     def drawdown(self, graph: Graph) -> Drawdown:
         """Compare ``graph`` with the original on these inputs."""
-        after = _outputs(graph, self.inputs)
+        after = evaluate_on(graph, self.inputs)
         change = (after - self.outputs).double()
-        spread = float(self.outputs.double().std(dim=0).square().sum()) if len(after) > 1 else 0.0
         distance = float(change.square().sum(dim=1).mean())
         agreement = before = now = None
         if after.shape[1] > 1:
@@ -107,22 +114,22 @@ class Reference:
             if self.labels is not None:
                 before = float((self.outputs.argmax(1) == self.labels).double().mean())
                 now = float((after.argmax(1) == self.labels).double().mean())
-        scale = max(spread, 1e-12 * max(1.0, float(self.outputs.double().square().mean())))
         return Drawdown(
             agreement=agreement,
             accuracy_before=before,
             accuracy_after=now,
             distance=distance,
-            relative=(distance / scale) ** 0.5,
+            relative=(distance / self.spread) ** 0.5,
             largest=float(change.abs().max()),
             samples=len(after),
             source=self.source,
         )
 
 
-def _outputs(
+def evaluate_on(
     graph: Graph, inputs: Tensor, parameters: Mapping[str, Tensor] | None = None
 ) -> Tensor:
+    """Outputs (q, m) on inputs (q, n) of the graph's dtype, on the CPU."""
     with torch.no_grad():
         parts = [
             evaluate_graph(graph, part.to(graph.device), parameters).flatten(1).cpu()

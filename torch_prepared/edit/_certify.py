@@ -23,8 +23,11 @@ from torch_prepared.specs import Property
 LOW_DIMENSION = 16
 """Regions with at most so many coordinates of positive width are worth splitting."""
 
+SLACK = 1e-9  #: a leaf's margin must exceed this, for the rounding of engine and checker
+
 __all__ = [
     "LOW_DIMENSION",
+    "SLACK",
     "Certified",
     "certify_network",
     "prove",
@@ -98,7 +101,11 @@ def tree_proof(tree: SplitTree, graph: Graph) -> ProofTree:
 
 
 def prove_by_splitting(
-    graph: Graph, prop: Property, deadline: Deadline, max_leaves: int = 2_000_000
+    graph: Graph,
+    prop: Property,
+    deadline: Deadline,
+    max_leaves: int = 2_000_000,
+    tree: SplitTree | None = None,
 ) -> tuple[ProofTree | None, Tensor | None]:
     """Branch and bound over one property's region.
 
@@ -107,24 +114,27 @@ def prove_by_splitting(
         prop: its region has few coordinates of positive width, or this is hopeless.
         deadline: when to stop.
         max_leaves: when to stop.
+        tree: splits of the property's region to begin with, grown in place.
 
     Returns:
         A proof that the engine believes in, or None; and an input (n,) that seems to violate the
         property, met on the way, or None.
     """
     batch = PropertyBatch.of([prop])
-    tree = SplitTree(batch, slack=1e-9)
+    tree = SplitTree(batch, slack=SLACK) if tree is None else tree
     for network in (graph, graph.to(torch.float64, "cpu")):
         engine = leaf_engine(network, batch)
         tree.bound(engine, tree.leaves, chunk=4096)
-        for done in tree.grow(engine, deadline, max_leaves):
-            center = tree.boxes(tree.leaves[-4096:]).center
+        for failing in tree.grow(engine, deadline, max_leaves):
+            if not len(failing):
+                continue
+            center = tree.boxes(failing).center
             with torch.no_grad():
                 y = evaluate_graph(graph, center.to(graph.dtype)).flatten(1).double()
             margins = prop.safe.margin(y)
             if float(margins.min()) <= 0:
                 return None, center[int(margins.argmin())]
-            logger.debug("%s: %d leaves bounded", prop.name, done)
+            logger.debug("%s: %d nodes", prop.name, tree.count)
         if not tree.proved:
             return None, None
     return tree_proof(tree, graph), None
@@ -142,7 +152,10 @@ def certify_network(
     claims = [p.record() for p in properties]
     certificate = Certificate.create(record, claims, proofs, metadata)
     limit = None if deadline is None or deadline.seconds is None else max(deadline.left, 1.0)
-    return Certified(certificate, check_certificate(certificate, record, claims, time_limit=limit))
+    check = check_certificate(
+        certificate, record, claims, time_limit=limit, workers=torch.get_num_threads()
+    )
+    return Certified(certificate, check)
 
 
 def within_clauses(prop: Property, best: list[int]) -> list[int]:

@@ -1,4 +1,10 @@
-"""Certified margins and their Jacobian at a point of weight space."""
+"""Certified margins and their Jacobian at a point of weight space, for held relaxation slopes.
+
+An operator's own choice of its lower line jumps where the choice changes (ReLU in CROWN: where
+``u = -l``), and the bound jumps with it, however small the step. With the slopes held the bound
+is continuous in the weights, and any slopes in [0, 1] give a sound bound. So steps are judged with
+the slopes they were computed for, and the slopes are data of a point like its weights.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +14,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torch_prepared.bounds import PropertyBatch, certified_margin
-from torch_prepared.core.graph import Graph
+from torch_prepared.bounds import PropertyBatch, bound_rows, certified_margin
+from torch_prepared.bounds.crown import tightened_names
+from torch_prepared.certify import ProofTree, Slopes
+from torch_prepared.core.graph import Graph, Node
+from torch_prepared.core.interval import Interval
+from torch_prepared.edit._certify import within_clauses
+from torch_prepared.edit._held import bound_held_nodes
 from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.relax import lookup
+from torch_prepared.relax.relu import TwoPiece
+from torch_prepared.specs import Property
 
 __all__ = ["Linearization", "MarginFunction"]
 
@@ -32,7 +46,7 @@ class Linearization:
 
 @dataclass(frozen=True)
 class MarginFunction:
-    """``theta (p,) -> (m,)``: certified lower bounds of the clauses of all properties.
+    """``theta (p,), slopes (b, a) -> (m,)``: certified lower bounds of all properties' clauses.
 
     Not sound for a finite step of theta by linearization; the true bound is recomputed at every
     point visited, so the last one is as sound as the bound engine.
@@ -42,29 +56,94 @@ class MarginFunction:
     batch: PropertyBatch
     vector: ParameterVector
 
+    def on(self, batch: PropertyBatch) -> MarginFunction:
+        """The same margins for other regions."""
+        return MarginFunction(self.graph, batch, self.vector)
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """(m,) the property of every margin."""
+        return self.batch.present.nonzero()[:, 0]
+
+    @cached_property
+    def bent(self) -> tuple[tuple[Node, TwoPiece], ...]:
+        """Nodes whose lower line has a slope to choose; a of them count all scalars together."""
+        pairs = ((node, lookup(node.op)) for node in self.graph.nodes[1:])
+        return tuple((node, op) for node, op in pairs if isinstance(op, TwoPiece))
+
     @cached_property
     def _single(self) -> tuple[Graph, PropertyBatch]:
         """The network and properties in float32, enough for directions."""
         return self.graph.to(torch.float32), self.batch.to(torch.float32)
 
-    def value(self, theta: Tensor) -> Tensor:
-        """Margins at ``theta``, all clauses of all properties, (m,)."""
+    def value(self, theta: Tensor, slopes: Tensor) -> Tensor:
+        """Margins at ``theta`` with ``slopes``, (m,)."""
         with torch.no_grad():
-            return self._margins(self.graph, self.batch, theta)
+            return self._margins(self.graph, self.batch, theta, slopes)[0]
 
-    def linearize(self, theta: Tensor, near: float) -> Linearization:
-        """Margins, and gradients of those below ``near`` in one batched backward pass."""
-        value = self.value(theta)
-        rows = (value < near).nonzero().flatten()
+    def choose(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Margins (m,) at ``theta`` with every operator's own slopes, and these (b, a)."""
+        with torch.no_grad():
+            value, boxes = self._margins(self.graph, self.batch, theta, None)
+        chosen = [op.alpha_start(n, boxes[n.inputs[0]]).flatten(1) for n, op in self.bent]
+        return value, torch.cat([*chosen, value.new_zeros(len(self.batch), 0)], dim=1)
+
+    def linearize(
+        self, theta: Tensor, slopes: Tensor, value: Tensor, rows: Tensor
+    ) -> Linearization:
+        """Gradients of margins ``rows`` (k,) in one batched backward pass."""
         if not len(rows):
-            return Linearization(value, rows, theta.new_zeros(0, len(theta)))
+            return Linearization(value, rows, torch.zeros(0, len(theta)))
         point = theta.detach().float().requires_grad_()
         with torch.enable_grad():
-            margins = self._margins(*self._single, point)
+            margins, _ = self._margins(*self._single, point, slopes.float())
         units = torch.nn.functional.one_hot(rows, len(value)).to(margins)
         (jacobian,) = torch.autograd.grad(margins, point, units, is_grads_batched=True)
         return Linearization(value, rows, jacobian)
 
-    def _margins(self, graph: Graph, batch: PropertyBatch, theta: Tensor) -> Tensor:
-        bound = certified_margin(graph, batch, parameters=self.vector.split(theta))
-        return batch.clause_margins(bound.rows)[batch.present]
+    def proofs(
+        self, theta: Tensor, slopes: Tensor, properties: tuple[Property, ...]
+    ) -> tuple[ProofTree, ...]:
+        """Single-leaf proofs that use the slopes."""
+        with torch.no_grad():
+            rows, _ = self._row_values(self.graph, self.batch, theta, slopes)
+        best = self.batch.best_rows(rows)
+        plan = tightened_names(self.graph, self.batch.regions.is_box)
+        sizes = [node.size for node, _ in self.bent]
+        trees = []
+        for i, prop in enumerate(properties):
+            table = {}
+            for (node, op), part in zip(self.bent, slopes[i].split(sizes), strict=True):
+                least = op.small_slope(node)
+                table[node.name] = Slopes(lower=(least + (1 - least) * part)[None].numpy())
+            picked = within_clauses(prop, best[i].tolist())
+            trees.append(ProofTree.leaf(picked, tighten=plan, slopes=table, tighten_slopes=table))
+        return tuple(trees)
+
+    def _margins(
+        self, graph: Graph, batch: PropertyBatch, theta: Tensor, slopes: Tensor | None
+    ) -> tuple[Tensor, dict[str, Interval]]:
+        rows, boxes = self._row_values(graph, batch, theta, slopes)
+        return batch.clause_margins(rows)[batch.present], boxes
+
+    def _row_values(
+        self, graph: Graph, batch: PropertyBatch, theta: Tensor, slopes: Tensor | None
+    ) -> tuple[Tensor, dict[str, Interval]]:
+        """Lower bounds (b, s) of all rows plus offsets, and the intervals behind them."""
+        changed = self.vector.split(theta)
+        if slopes is None or not self.bent:
+            bound = certified_margin(graph, batch, parameters=changed)
+            return bound.rows, dict(bound.boxes)
+        alphas = self._alphas(slopes)
+        boxes = bound_held_nodes(graph, batch.regions, changed, alphas)
+        lower = bound_rows(
+            graph, batch.regions, boxes, batch.rows, parameters=changed, alphas=alphas
+        ).lower
+        return lower + batch.offset, boxes
+
+    def _alphas(self, slopes: Tensor) -> dict[str, Tensor]:
+        parts = slopes.split([node.size for node, _ in self.bent], dim=1)
+        return {
+            node.name: part.reshape(len(part), 1, *node.shape)
+            for (node, _), part in zip(self.bent, parts, strict=True)
+        }

@@ -30,6 +30,7 @@ MAX_ROWS = 1000
 DENSE_BYTES = 1 << 30
 FLAT_ENTRIES = 60_000_000
 NEGLIGIBLE = 0.1
+LEAST_LEAD = 0.3  #: of the median lead of a decision; thinner ones weigh no more than this
 
 
 class _Block(ABC):
@@ -205,7 +206,9 @@ def behavior_metric(
         damping: weight of the 2-norm, relative to the mean squared sketch entry per weight.
 
     Returns:
-        A metric whose unit is the outputs' mean standard deviation on the reference.
+        A metric whose unit is the outputs' mean standard deviation on the reference. Where labels
+        show that the largest output is the decision, output changes are measured as leads of the
+        decision over each other class, relative to the lead: thin leads weigh most.
     """
     single = graph.to(torch.float32, "cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -214,6 +217,8 @@ def behavior_metric(
     chosen = torch.randperm(total, generator=generator)[:count]
     directions = torch.randn(count, graph.output_size, generator=generator)
     spread = float(reference.outputs.float().std(dim=0).mean()) if total > 1 else 1.0
+    if reference.labels is not None and graph.output_size > 1:
+        directions = spread * _lead_directions(directions, reference.outputs[chosen].float())
     directions = directions / (max(spread, 1e-12) * count**0.5)
     blocks = _sketch(single, vector, reference.inputs[chosen].float(), directions)
     sketch: _Sketch = _BlockSketch(vector, tuple(blocks))
@@ -223,6 +228,20 @@ def behavior_metric(
     gram = sketch.gram()
     gram.diagonal().add_(absolute)
     return Metric(absolute, sketch, torch.linalg.cholesky(gram))
+
+
+def _lead_directions(noise: Tensor, outputs: Tensor) -> Tensor:
+    """Random combinations (k, m) of every input's leads ``y_top - y_j``, over their sizes.
+
+    With independent noise ``g_j`` the row ``sum_j g_j (e_top - e_j) / (lead_j + floor)`` has the
+    second moment ``sum_j (e_top - e_j) (e_top - e_j)' / (lead_j + floor)^2``.
+    """
+    top = outputs.argmax(dim=1, keepdim=True)
+    lead = outputs.gather(1, top) - outputs
+    runner_up = lead.scatter(1, top, torch.inf).amin(dim=1)
+    floor = LEAST_LEAD * float(runner_up.median()) + torch.finfo(outputs.dtype).tiny
+    share = (noise / (lead + floor)).scatter(1, top, 0.0)
+    return (-share).scatter(1, top, share.sum(dim=1, keepdim=True))
 
 
 def _principal(sketch: _Sketch, gram: Tensor, damping: float, count: int) -> _Sketch:

@@ -1,68 +1,92 @@
-"""All layers at once: certified margins raised, then the distance shrunk, by small projections.
+"""All layers at once: certified margins raised, then the distance shrunk, by small steps.
 
-Restoration. At theta with margins v and Jacobian J of the rows that are too low, the step is the
-smallest one in the metric M that linearly reaches a target,
+*Growth.* The regions grow from their centers to full size. On small regions bounds are tight and
+the edit is nearly that of single points; each size starts from the edit of the one before, so that
+the weights are never driven by the looseness of bounds on a network that is far from provable.
 
-    min s' M s / 2   subject to   J s >= (target - v),
+*Restoration*, for one size. At theta with margins v and Jacobian J the step is the smallest one
+that linearly reaches a target,
 
-solved through its dual of as many variables as rows. A step counts when the lowest *true* margin
-rises by a fair share of what was promised; otherwise the target comes closer.
+    min |s|   subject to   J s >= target - v.
 
-Shrinking. From a feasible theta the same projection, of theta_0 onto the linearized constraints
-with a proximal term ``mu/2 s' M s``, gives a step; it counts when it stays feasible and the
-distance falls. Every point visited is bounded anew, so linearization never enters a claim.
+It counts when the lowest *true* margin, for the same relaxation slopes, rises by a fair share of
+what was promised; otherwise the target comes closer.
 
-With the behavior metric (Gauss-Newton on reference inputs) the edit goes where the network's
-decisions do not look.
+*Shrinking.* From a feasible theta the weights are pulled toward the original ones,
+
+    min |theta - theta_0|^2 / 2 + mu |theta - theta_t|^2 / 2   subject to the linearized margins,
+
+with rows of earlier and of refused points kept: the optimum lies on kinks, where one linearization
+knows one side only. A step counts when it stays feasible and the distance falls.
+
+Every point visited is bounded anew, so linearization never enters a claim. With the behavior
+metric (Gauss-Newton on reference inputs) the edit goes where the network's decisions do not look.
+
+Source: sequential programming with a bundle: Kiwiel, "Methods of Descent for Nondifferentiable
+Optimization" (1985), ch. 5; growing regions and held slopes are ours.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torch_prepared.bounds import PropertyBatch
+from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.core.rows import Floats
 from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit._bundle import Bundle
+from torch_prepared.edit._distance import Distance, choose_distance
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._margin import aimed_margin
-from torch_prepared.edit._metric import Metric
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import InfeasibleEditError
-from torch_prepared.solvers import Status, gram_matrix, project
 
 __all__ = ["SequentialEditor"]
 
 logger = logging.getLogger(__name__)
 
-RESTORE_STEPS = 200
-SHRINK_STEPS = 60
+FIRST_GROWTH = 0.25
+LEAST_GROWTH = 0.02
+GROWTH_SHARE = 0.5  #: of the time limit; afterwards regions have full size
+SHRINK_SHARE = 0.75  #: of the time limit, when shrinking ends
+RESTORE_STEPS = 15  #: on regions that may grow more slowly
+LAST_RESTORE_STEPS = 200
+SHRINK_STEPS = 5  #: between growths
+LAST_SHRINK_STEPS = 100
+STALE_STEPS, STALE_GAIN = 12, 0.02
 BACKTRACKS = 12
 FAIR_SHARE = 0.1
-REPORT_GAIN = 0.9
+REPORT_GAIN = 0.95
+FIRST_PULL, LAST_PULL = 8.0, 1e4
+NULL_ROWS = 4
+SLOW_SHARE = 0.03  #: of the time limit; gradients that take longer are asked for few rows
 
 
 @dataclass
 class _State:
-    """A point of weight space with everything known about it."""
+    """A point of weight space, with relaxation slopes, and everything known about it."""
 
     theta: Tensor
-    line: Linearization
+    slopes: Tensor
+    value: Tensor
     distance: float
 
     @property
     def lowest(self) -> float:
         """The smallest certified margin."""
-        return float(self.line.value.min())
+        return float(self.value.min())
 
 
 @dataclass
 class SequentialEditor(Editor):
-    """Projections onto linearized certified margins; reaches every architecture CROWN does.
+    """Small steps on linearized certified margins; reaches every architecture CROWN does.
 
     Args:
         dampings: weights of the 2-norm in the behavior metric, relative to the mean curvature;
@@ -73,10 +97,12 @@ class SequentialEditor(Editor):
     dampings: tuple[float, ...] = (0.1, 1.0, 0.01)
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
-        search, state = self._restore(problem, deadline)
+        search, state = self._grow(problem, deadline)
+        clock = time.monotonic()
         yield search.candidate(state, "restored")
+        search.reserve = 1.5 * (time.monotonic() - clock)
         told = state.distance
-        for closer in search.shrink(state):
+        for closer in search.shrink(state, LAST_SHRINK_STEPS):
             state = closer
             if state.distance < REPORT_GAIN * told:
                 told = state.distance
@@ -84,12 +110,12 @@ class SequentialEditor(Editor):
         if state.distance < told:
             yield search.candidate(state, "shrunk")
 
-    def _restore(self, problem: EditProblem, deadline: Deadline) -> tuple[_Search, _State]:
+    def _grow(self, problem: EditProblem, deadline: Deadline) -> tuple[_Search, _State]:
         """The first feasible point, with the first metric that leads to one."""
         for number, damping in enumerate(self.dampings, start=1):
             search = _Search.start(problem, damping, deadline)
             try:
-                return search, search.restore()
+                return search, search.grow()
             except InfeasibleEditError as error:
                 logger.info("sequential with damping %g: %s", damping, error)
                 if deadline.over or number == len(self.dampings):
@@ -101,114 +127,195 @@ class SequentialEditor(Editor):
 class _Search:
     problem: EditProblem
     margins: MarginFunction
-    metric: Metric
+    distance: Distance
     origin: Tensor
     aim: float
     deadline: Deadline
+    gradient_seconds: float = 0.0
+    reserve: float = 0.0
 
     @classmethod
     def start(cls, problem: EditProblem, damping: float, deadline: Deadline) -> _Search:
         vector = ParameterVector.of(problem.exact, problem.options.layers)
-        metric = problem.metric(vector, problem.reference, damping)
         return cls(
             problem,
             MarginFunction(problem.exact, problem.batch, vector),
-            metric,
+            choose_distance(problem, vector, damping),
             vector.flatten(problem.exact.parameters).detach().clone(),
             aimed_margin(problem),
             deadline,
         )
 
     def candidate(self, state: _State, note: str) -> Candidate:
-        """The state as stored parameters."""
-        moved = self.margins.vector.split(state.theta)
+        """The state as stored parameters, with its slopes in the proof where they are needed."""
+        vector = self.margins.vector
+        stored = self.problem.store(vector.split(state.theta))
+        theta = vector.flatten({name: value.double().cpu() for name, value in stored.items()})
+        own = float(self.margins.choose(theta)[0].min()) > 0.2 * self.aim
+        proofs = None if own else self.margins.proofs(theta, state.slopes, self.problem.properties)
         details = {"distance": state.distance, "promised_margin": state.lowest}
-        return Candidate(self.problem.store(moved), note=note, details=details)
+        return Candidate(stored, note=note, proofs=proofs, details=details)
 
-    def restore(self) -> _State:
-        """Raise the lowest margin until every one reaches the aim.
+    # Growth
+
+    def grow(self) -> _State:
+        """A feasible point for the full regions.
 
         Raises:
             InfeasibleEditError: no step helps any more, or time is over.
         """
-        state = self._at(self.origin)
-        caution = 0.1
-        for step in range(RESTORE_STEPS):
+        full, theta, size, growth = self.margins, self.origin, 0.0, FIRST_GROWTH
+        while True:
+            if self._late or growth < LEAST_GROWTH:
+                growth = 1.0
+            target = min(1.0, size + growth)
+            whole = target == 1.0
+            self.margins = full if whole else full.on(_scaled(full.batch, target))
+            try:
+                slow = growth < 2 * LEAST_GROWTH or (growth == 1.0)
+                state = self.restore(theta, LAST_RESTORE_STEPS if slow else RESTORE_STEPS)
+            except InfeasibleEditError as error:
+                if slow or self.deadline.over:
+                    raise
+                logger.info("growth to %g: %s", target, error)
+                growth /= 2
+                continue
+            logger.info("grown to %g: distance %g", target, state.distance)
+            if whole:
+                return state
+            for closer in self.shrink(state, SHRINK_STEPS):
+                state = closer
+            theta, size = state.theta, target
+
+    @property
+    def _late(self) -> bool:
+        """Whether there is no time for growing slowly."""
+        limit = self.deadline.seconds
+        if limit is None:
+            return False
+        slow = self.gradient_seconds > SLOW_SHARE * limit
+        return slow or self.deadline.left < (1 - GROWTH_SHARE) * limit
+
+    # Restoration
+
+    def restore(self, theta: Tensor, steps: int) -> _State:
+        """Raise the lowest margin until every one reaches half the aim."""
+        state = self._at(theta, *self.margins.choose(theta)[::-1])
+        bundle, caution = Bundle(self.distance), 0.1
+        for step in range(steps):
             if state.lowest >= 0.5 * self.aim:
                 return state
-            logger.info("restore %d: lowest margin %g", step, state.lowest)
-            state, caution = self._restore_once(state, caution)
-        raise InfeasibleEditError(
-            f"lowest margin still {state.lowest:g} after {RESTORE_STEPS} steps"
-        )
+            logger.debug("restore %d: lowest margin %g", step, state.lowest)
+            bundle.add(self._linearize(state), state.theta, replace=True)
+            state, caution = self._restore_once(state, bundle, caution)
+        if state.lowest >= 0.5 * self.aim:
+            return state
+        raise InfeasibleEditError(f"lowest margin still {state.lowest:g} after {steps} steps")
 
-    def _restore_once(self, state: _State, caution: float) -> tuple[_State, float]:
-        value = state.line.value[state.line.rows]
-        inverse = self.metric.solve(state.line.jacobian)
-        gram = gram_matrix(state.line.jacobian, lambda _: inverse)
+    def _restore_once(self, state: _State, bundle: Bundle, caution: float) -> tuple[_State, float]:
+        value = state.value[bundle.index]
         for attempt in range(BACKTRACKS):
             if self.deadline.over:
                 raise InfeasibleEditError(f"time over with the lowest margin at {state.lowest:g}")
             wanted = (1.5 * self.aim - value).clamp_min(0) / (1 + caution)
             lift = torch.where(value < self.aim, wanted, self.aim - value)
-            answer = project(gram, lift)
-            if answer.status is not Status.INFEASIBLE:
-                step = _combine(inverse, answer.multipliers)
-                trial = self.margins.value(state.theta + step)
+            step = None if bundle.rows is None else self.distance.step(bundle.rows, lift)
+            if step is not None:
+                theta = state.theta + step.delta
+                trial = self.margins.value(theta, state.slopes)
                 rise = float(trial.clamp_max(self.aim).min()) - min(state.lowest, self.aim)
                 if rise > FAIR_SHARE * float(wanted[value.argmin()]):
-                    return self._at(state.theta + step), caution * (0.4 if attempt == 0 else 1.0)
+                    better = self._better(theta, state.slopes, trial)
+                    return self._at(theta, *better), caution * (0.4 if attempt == 0 else 1.0)
             caution = max(4 * caution, 0.05)
         raise InfeasibleEditError(f"no step raises the lowest margin above {state.lowest:g}")
 
-    def shrink(self, state: _State) -> Iterator[_State]:
-        """Ever closer feasible points."""
-        caution, stale = 1.0, 0
-        for _ in range(SHRINK_STEPS):
-            found = self._shrink_once(state, caution)
-            if found is None:
-                return
-            closer, caution = found
-            stale = stale + 1 if closer.distance > 0.99 * state.distance else 0
-            state = closer
-            yield state
-            if stale >= 3:
-                return
+    def _better(self, theta: Tensor, slopes: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """For each property the better of ``slopes`` and the operators' own; margins with them."""
+        fresh, own = self.margins.choose(theta)
+        owners = self.margins.owners
+        lowest = [
+            torch.full((len(slopes),), torch.inf, dtype=v.dtype).scatter_reduce(
+                0, owners, v, "amin"
+            )
+            for v in (value, fresh)
+        ]
+        wins = lowest[1] > lowest[0]
+        return torch.where(wins[:, None], own, slopes), torch.where(wins[owners], fresh, value)
 
-    def _shrink_once(self, state: _State, caution: float) -> tuple[_State, float] | None:
-        line = state.line
-        inverse = self.metric.solve(line.jacobian)
-        gram = gram_matrix(line.jacobian, lambda _: inverse)
+    # Shrinking
+
+    def shrink(self, state: _State, steps: int) -> Iterator[_State]:
+        """Ever closer feasible points, the slopes held."""
+        bundle, pull = Bundle(self.distance), FIRST_PULL
+        bundle.add(self._linearize(state), state.theta)
+        history = [state.distance]
+        for _ in range(steps):
+            stale = len(history) > STALE_STEPS and (
+                history[-1] > (1 - STALE_GAIN) * history[-1 - STALE_STEPS]
+            )
+            if pull > LAST_PULL or stale or self._ending or bundle.rows is None:
+                return
+            trial = self._pulled(state, bundle, pull)
+            if trial is None:
+                pull *= 4
+                continue
+            closer = trial.distance < state.distance and trial.lowest >= 0.3 * self.aim
+            logger.debug("shrink: %g, pull %g, lowest %g", trial.distance, pull, trial.lowest)
+            bundle.add(self._linearize(trial, few=not closer), trial.theta)
+            if closer:
+                state, pull = trial, pull / 2
+                yield state
+            else:
+                pull *= 2
+            history.append(state.distance)
+
+    @property
+    def _ending(self) -> bool:
+        """Whether the rest of the time belongs to checking what was found."""
+        limit = self.deadline.seconds
+        if limit is None:
+            return False
+        return self.deadline.left < max(self.reserve, (1 - SHRINK_SHARE) * limit)
+
+    def _pulled(self, state: _State, bundle: Bundle, pull: float) -> _State | None:
+        """The point next to ``state`` that the linearized margins allow nearest to the origin."""
+        if bundle.rows is None:
+            return None
         moved = state.theta - self.origin
-        value = line.value[line.rows]
-        along = line.jacobian.double() @ moved
-        for attempt in range(BACKTRACKS):
-            if self.deadline.over:
-                return None
-            answer = project(gram, (self.aim - value) * (1 + caution) + along)
-            if answer.status is not Status.INFEASIBLE:
-                step = (_combine(inverse, answer.multipliers) - moved) / (1 + caution)
-                theta = state.theta + step
-                closer = self.metric.norm_squared(theta - self.origin)
-                if (
-                    closer < state.distance
-                    and float(self.margins.value(theta).min()) >= 0.3 * self.aim
-                ):
-                    return self._at(theta), caution * (0.4 if attempt == 0 else 1.0)
-            caution = max(4 * caution, 0.05)
-        return None
-
-    def _at(self, theta: Tensor) -> _State:
-        """Bound and linearize at a point; rows far above the aim need no gradient."""
-        value = self.margins.value(theta)
-        reach = max(self.aim, float(-value.min())) * 3 + float(value.abs().median())
-        return _State(
-            theta,
-            self.margins.linearize(theta, near=reach),
-            self.metric.norm_squared(theta - self.origin),
+        lines = bundle.lines(state.theta, state.value)
+        step = self.distance.step(
+            bundle.rows, (self.aim - lines) * (1 + pull) + bundle.along(moved)
         )
+        if step is None:
+            return None
+        bundle.used(step.multipliers)
+        theta = state.theta + (step.delta - moved) / (1 + pull)
+        return self._at(theta, state.slopes, self.margins.value(theta, state.slopes))
+
+    # Points
+
+    def _at(self, theta: Tensor, slopes: Tensor, value: Tensor) -> _State:
+        return _State(theta, slopes, value, self.distance.size(theta - self.origin))
+
+    def _linearize(self, state: _State, few: bool = False) -> Linearization:
+        """Gradients of the margins that matter: low ones, fewer where a gradient takes long."""
+        value = state.value
+        reach = max(self.aim, -state.lowest) * 3 + float(value.abs().median())
+        limit = self.deadline.seconds
+        slow = limit is not None and self.gradient_seconds > SLOW_SHARE * limit
+        order = value.argsort()
+        low = order[value[order] < (self.aim if few or slow else reach)]
+        rows = low[:NULL_ROWS] if few or slow else low
+        rows = rows if len(rows) else order[:1]
+        clock = time.monotonic()
+        line = self.margins.linearize(state.theta, state.slopes, value, rows)
+        self.gradient_seconds = (time.monotonic() - clock) / max(len(rows), 1)
+        return line
 
 
-def _combine(rows: Tensor, multipliers: Floats) -> Tensor:
-    """``rows' multipliers`` in float64."""
-    return (rows.T @ torch.from_numpy(multipliers).to(rows)).double()
+def _scaled(batch: PropertyBatch, size: float) -> PropertyBatch:
+    """Regions' bounding boxes shrunk around their centers; only to find a start with."""
+    center = (batch.regions.lower + batch.regions.upper) / 2
+    radius = size * (batch.regions.upper - batch.regions.lower) / 2
+    return dataclasses.replace(batch, regions=RegionBatch(center - radius, center + radius))

@@ -1,0 +1,215 @@
+"""The sequential editor's parts: held slopes, growing regions, rows kept, and every norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_prepared as tp
+from tests.edit.test_edit_network import CENTER, network, violated
+from tests.helpers import NETWORKS, mlp, random_boxes
+from torch_prepared.bounds import PropertyBatch
+from torch_prepared.certify import Verdict
+from torch_prepared.core.graph import Graph
+from torch_prepared.core.rows import LinearRows, Unknowns
+from torch_prepared.edit import sequential
+from torch_prepared.edit._base import Norm
+from torch_prepared.edit._bundle import Bundle
+from torch_prepared.edit._certify import certify_network
+from torch_prepared.edit._distance import AtomicDistance, QuadraticDistance
+from torch_prepared.edit._linearize import Linearization, MarginFunction
+from torch_prepared.edit._metric import euclidean_metric
+from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.relax import evaluate_graph
+from torch_prepared.solvers import minimize_norm, solve
+from torch_prepared.specs import Box, Property, SafeSet
+
+
+def margin_function(name: str, count: int = 2) -> tuple[MarginFunction, tuple[Property, ...]]:
+    graph = NETWORKS[name]()
+    classes = graph.output_size
+    properties = tuple(
+        Property(box, SafeSet.argmax(i % classes, classes), f"p{i}")
+        for i, box in enumerate(random_boxes(graph.input_size, count, radius=0.2))
+    )
+    return (
+        MarginFunction(graph, PropertyBatch.of(properties), ParameterVector.of(graph)),
+        properties,
+    )
+
+
+def start(margins: MarginFunction) -> torch.Tensor:
+    return margins.vector.flatten(margins.graph.parameters).double()
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_held_slopes_reproduce_the_operators_own_bounds(name: str) -> None:
+    margins, _ = margin_function(name)
+    own, slopes = margins.choose(start(margins))
+    torch.testing.assert_close(margins.value(start(margins), slopes), own, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_any_slopes_bound_every_output(name: str) -> None:
+    margins, properties = margin_function(name)
+    _, slopes = margins.choose(start(margins))
+    generator = torch.Generator().manual_seed(0)
+    wild = torch.rand(slopes.shape, generator=generator, dtype=torch.float64)
+    lower = margins.value(start(margins), wild)
+    for i, prop in enumerate(properties):
+        y = evaluate_graph(margins.graph, prop.region.sample(500, generator)).flatten(1)
+        mine = lower[margins.owners == i]
+        assert float(mine.min()) <= float(prop.safe.margin(y).min()) + 1e-12
+
+
+def test_margins_with_held_slopes_have_no_jumps() -> None:
+    """Where a neuron's interval tips from left to right the own bound jumps, the held one not."""
+    # y = relu(x + tip) - 0.2 (x + 5); the equal terms that cancel keep plain intervals loose.
+    safe = SafeSet.from_polytopes([(-torch.eye(1).double(), torch.zeros(1).double())])
+    box = Box(torch.tensor([-1.0]).double(), torch.tensor([1.0]).double())
+    batch, graph = PropertyBatch.of((Property(box, safe, "p"),)), mlp((1, 4, 1))
+    margins = MarginFunction(graph, batch, ParameterVector.of(graph))
+
+    def weights(tip: float) -> torch.Tensor:
+        return torch.tensor([1.0, 1, 1, 1, tip, 5, 5, 5, 1, -0.2, -1, 1, 0]).double()
+
+    before, after = weights(-1e-6), weights(1e-6)
+    _, slopes = margins.choose(before)
+    own = margins.choose(after)[0] - margins.choose(before)[0]
+    held = margins.value(after, slopes) - margins.value(before, slopes)
+    assert float(own.abs().max()) > 0.5
+    assert float(held.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual"])
+def test_jacobians_are_derivatives(name: str) -> None:
+    margins, _ = margin_function(name)
+    theta = start(margins)
+    value, slopes = margins.choose(theta)
+    slopes = slopes.clamp(0.2, 0.8)
+    value = margins.value(theta, slopes)
+    rows = torch.tensor([0, len(value) - 1])
+    line = margins.linearize(theta, slopes, value, rows)
+    generator = torch.Generator().manual_seed(1)
+    delta = torch.randn(len(theta), generator=generator, dtype=torch.float64)
+    h = 1e-6
+    moved = margins.value(theta + h * delta, slopes) - margins.value(theta - h * delta, slopes)
+    torch.testing.assert_close(
+        (line.jacobian.double() @ delta), moved[rows] / (2 * h), rtol=2e-3, atol=2e-3
+    )
+
+
+def test_proofs_carry_the_slopes_and_the_checker_accepts_them() -> None:
+    model = network()
+    graph = tp.capture_module(model, CENTER[None]).to(torch.float64)
+    label = int(model(CENTER[None])[0].argmax())
+    prop = Property(
+        Box(CENTER.double() - 0.01, CENTER.double() + 0.01), SafeSet.argmax(label, 3), "p"
+    )
+    margins = MarginFunction(graph, PropertyBatch.of((prop,)), ParameterVector.of(graph))
+    theta = start(margins)
+    _, slopes = margins.choose(theta)
+    slopes = 0.9 * slopes + 0.05
+    promised = float(margins.value(theta, slopes).min())
+    assert promised > 0
+    proofs = margins.proofs(theta, slopes, (prop,))
+    certified = certify_network(graph, (prop,), proofs, {})
+    assert certified.check.status is Verdict.CERTIFIED
+    assert certified.check.margin == pytest.approx(promised, rel=1e-6)
+
+
+LENGTHS = {
+    Norm.L1: lambda d: d.abs().sum(),
+    Norm.LINF: lambda d: d.abs().max(),
+    Norm.L1_PLUS_LINF: lambda d: d.abs().sum() + d.abs().max(),
+}
+
+
+@pytest.mark.parametrize("norm", list(LENGTHS))
+@pytest.mark.parametrize("m", [1, 7])
+def test_column_generation_agrees_with_the_whole_program(norm: Norm, m: int) -> None:
+    """The dense linear program over all p entries has the same optimal value."""
+    p = 40
+    generator = torch.Generator().manual_seed(m)
+    jacobian = torch.randn(m, p, generator=generator)
+    lift = torch.rand(m, generator=generator, dtype=torch.float64) - 0.2
+    lift[0] = 1.0
+    distance = AtomicDistance(norm)
+    step = distance.step(distance.extend(None, jacobian), lift)
+    assert step is not None
+    assert bool((jacobian.double() @ step.delta >= lift - 1e-6).all())
+    unknowns = Unknowns()
+    block = unknowns.add("d", (p,))
+    program = minimize_norm(
+        unknowns,
+        LinearRows(jacobian.double().numpy(), lift.numpy()),
+        block.columns,
+        norm=norm.value,
+    )
+    size = float(LENGTHS[norm](step.delta))
+    assert size == pytest.approx(solve(program).objective, rel=2e-3)
+    assert distance.size(step.delta) == pytest.approx(size)
+
+
+def test_rows_that_contradict_each_other_give_no_step() -> None:
+    jacobian = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
+    lift = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    for distance in (QuadraticDistance(euclidean_metric()), AtomicDistance(Norm.L1)):
+        step = distance.step(distance.extend(None, jacobian), lift)
+        assert step is None or not bool((jacobian.double() @ step.delta >= lift).all())
+
+
+def test_rows_extended_one_by_one_are_the_rows_at_once() -> None:
+    jacobian = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    distance = QuadraticDistance(euclidean_metric())
+    whole = distance.extend(None, jacobian)
+    parts = distance.extend(distance.extend(None, jacobian[:2]), jacobian[2:])
+    torch.testing.assert_close(parts.gram, whole.gram)
+    torch.testing.assert_close(parts.take(torch.tensor([4, 1])).gram, whole.gram[[4, 1]][:, [4, 1]])
+
+
+def test_a_bundle_never_says_less_than_the_truth_and_replaces_on_request() -> None:
+    bundle = Bundle(QuadraticDistance(euclidean_metric()))
+    theta, value = torch.zeros(3, dtype=torch.float64), torch.tensor([1.0, -2.0]).double()
+
+    def line(jacobian: torch.Tensor, at: torch.Tensor) -> Linearization:
+        return Linearization(at, torch.tensor([0, 1]), jacobian)
+
+    bundle.add(line(torch.eye(3)[:2], value), theta)
+    moved = torch.tensor([5.0, -5.0, 0.0]).double()
+    truth = torch.tensor([2.0, -3.0]).double()
+    assert bundle.lines(moved, truth).tolist() == [6.0, -3.0]
+    bundle.add(line(2 * torch.eye(3)[:2], truth), moved)
+    assert len(bundle) == 4
+    bundle.add(line(torch.eye(3)[:2], truth), moved, replace=True)
+    assert len(bundle) == 2
+    assert bundle.lines(moved, truth).tolist() == truth.tolist()
+
+
+def test_every_norm_is_certified_and_the_one_asked_for_is_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sequential, "LAST_SHRINK_STEPS", 10)
+    model = network()
+    prop = violated(model, CENTER)
+    size = {"1": lambda d: d.l1, "2": lambda d: d.l2, "inf": lambda d: d.linf}
+    deltas = {}
+    for norm in (*size, "1+inf", "behavior"):
+        result = tp.edit_network(
+            model, prop, method="sequential", norm=norm, example_input=CENTER[None]
+        )
+        assert result.status is tp.Verdict.CERTIFIED
+        assert result.report.method == "sequential"
+        deltas[norm] = result.report.delta
+    for norm, length in size.items():
+        assert length(deltas[norm]) <= 1.1 * min(length(d) for d in deltas.values())
+
+
+def test_parts_of_a_graph_without_bends_have_no_slopes() -> None:
+    graph: Graph = NETWORKS["mlp"]("tanh")
+    prop = Property(random_boxes(4, 1)[0], SafeSet.argmax(0, 3), "p")
+    margins = MarginFunction(graph, PropertyBatch.of((prop,)), ParameterVector.of(graph))
+    value, slopes = margins.choose(start(margins))
+    assert slopes.shape == (1, 0)
+    line = margins.linearize(start(margins), slopes, value, torch.tensor([0]))
+    assert bool(torch.isfinite(line.jacobian).all())
