@@ -24,6 +24,7 @@ CPU_SOURCES = [
     "csrc/cpu/concretize.cpp",
     "csrc/cpu/interval_linear.cpp",
     "csrc/cpu/relaxed_backward.cpp",
+    "csrc/cpu/row_program.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/bindings.cpp",

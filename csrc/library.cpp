@@ -43,4 +43,16 @@ STABLE_TORCH_LIBRARY(torch_prepared, m) {
   m.def(
       "chain_bounds(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, Tensor rows, "
       "Tensor? known_lower, Tensor? known_upper) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "row_program(Tensor slots, Tensor steps, Tensor[] tensors, Tensor[] lines, Tensor[] boxes, "
+      "Tensor starts, Tensor index, Tensor? rows, int input_slot, Tensor[] free, Tensor? shares, "
+      "Tensor? offsets) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "row_program_grad(Tensor grad_lower, Tensor slots, Tensor steps, Tensor[] tensors, "
+      "Tensor[] lines, Tensor[] boxes, Tensor starts, Tensor index, Tensor? rows, int input_slot, "
+      "Tensor[] free, Tensor? shares, Tensor? offsets) -> (Tensor, Tensor)");
+  m.def(
+      "row_shares(Tensor slots, Tensor steps, Tensor[] tensors, Tensor[] lines, Tensor[] boxes, "
+      "Tensor starts, Tensor index, Tensor? rows, int input_slot, Tensor[] free) "
+      "-> (Tensor, Tensor)");
 }

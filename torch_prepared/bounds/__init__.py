@@ -2,12 +2,14 @@
 
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.bounds.alpha_crown import AlphaOptions
 from torch_prepared.bounds.api import MarginBounds, Method, certified_margin, compute_bounds
 from torch_prepared.bounds.crown import RowBound, bound_nodes, bound_rows
 from torch_prepared.bounds.ibp import propagate_intervals
 from torch_prepared.bounds.parametric import ParametricBounds, editable_layers
 
 __all__ = [
+    "AlphaOptions",
     "MarginBounds",
     "Method",
     "ParametricBounds",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.bounds.alpha_crown import AlphaOptions, bound_rows_alpha
 from torch_prepared.bounds.crown import DEFAULT_MEMORY, bound_nodes, bound_rows
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
@@ -24,12 +25,14 @@ class Method(enum.Enum):
     """How to bound.
 
     ``IBP`` intervals everywhere; ``CROWN_IBP`` a backward pass for the output over interval
-    relaxations; ``CROWN`` backward passes for every unstable scalar.
+    relaxations; ``CROWN`` backward passes for every unstable scalar; ``ALPHA_CROWN`` the same with
+    slopes of each row's own, optimized jointly (see ``alpha_crown``).
     """
 
     IBP = "ibp"
     CROWN_IBP = "crown-ibp"
     CROWN = "crown"
+    ALPHA_CROWN = "alpha-crown"
 
     @classmethod
     def named(cls, name: str | Method) -> Method:
@@ -67,6 +70,7 @@ def compute_bounds(
     method: str | Method = Method.CROWN,
     parameters: Mapping[str, Tensor] | None = None,
     max_memory: int = DEFAULT_MEMORY,
+    alpha: AlphaOptions | None = None,
 ) -> Interval:
     """Bounds of output rows over every region.
 
@@ -77,7 +81,8 @@ def compute_bounds(
             None.
         method: a :class:`Method` or its name.
         parameters: tensors that replace the graph's own; the result is differentiable in them.
-        max_memory: bytes that one backward pass may take.
+        max_memory: bytes that one backward pass, or the slopes of "alpha-crown", may take.
+        alpha: how "alpha-crown" optimizes; other methods ignore it.
 
     Returns:
         Interval (b, s) with ``lower <= rows . f(x) <= upper`` for all x of the region.
@@ -94,9 +99,10 @@ def compute_bounds(
     rows = rows.to(graph.device, graph.dtype)
     rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
     both = torch.cat([rows, -rows], dim=1)
-    lower, negated = _row_bounds(graph, batch, both, Method.named(method), parameters, max_memory)[
-        0
-    ].chunk(2, dim=1)
+    found, _ = _row_bounds(
+        graph, batch, both, Method.named(method), parameters, max_memory, None, alpha
+    )
+    lower, negated = found.chunk(2, dim=1)
     return Interval(lower, -negated)
 
 
@@ -108,6 +114,7 @@ def certified_margin(
     parameters: Mapping[str, Tensor] | None = None,
     known: Mapping[str, Interval] | None = None,
     max_memory: int = DEFAULT_MEMORY,
+    alpha: AlphaOptions | None = None,
 ) -> MarginBounds:
     """Lower bounds of each property's safety margin, differentiable in the weights.
 
@@ -117,7 +124,8 @@ def certified_margin(
         method: a :class:`Method` or its name.
         parameters: tensors that replace the graph's own.
         known: intervals proved elsewhere for the same weights; intersected in.
-        max_memory: bytes that one backward pass may take.
+        max_memory: bytes that one backward pass, or the slopes of "alpha-crown", may take.
+        alpha: how "alpha-crown" optimizes; other methods ignore it.
 
     Returns:
         :class:`MarginBounds`. Where weights overflow the margin is NaN, which proves nothing.
@@ -134,7 +142,7 @@ def certified_margin(
         else PropertyBatch.of(properties, graph.dtype, graph.device)
     )
     values, boxes = _row_bounds(
-        graph, batch.regions, batch.rows, Method.named(method), parameters, max_memory, known
+        graph, batch.regions, batch.rows, Method.named(method), parameters, max_memory, known, alpha
     )
     values = values + batch.offset
     return MarginBounds(batch.margins(values), values, boxes, batch)
@@ -163,9 +171,20 @@ def _row_bounds(
     method: Method,
     parameters: Mapping[str, Tensor] | None,
     max_memory: int,
-    known: Mapping[str, Interval] | None = None,
+    known: Mapping[str, Interval] | None,
+    alpha: AlphaOptions | None,
 ) -> tuple[Tensor, dict[str, Interval]]:
     _check(graph, regions, rows, known or {})
+    if method is Method.ALPHA_CROWN:
+        return bound_rows_alpha(
+            graph,
+            regions,
+            rows,
+            parameters=parameters,
+            known=known,
+            options=alpha,
+            max_memory=max_memory,
+        )
     boxes = bound_nodes(
         graph,
         regions,

@@ -194,10 +194,11 @@ class SplitTree:
 
     def grow(
         self, engine: LeafEngine, deadline: Deadline, max_leaves: int, chunk: int = 4096
-    ) -> Iterator[Integers]:
+    ) -> Iterator[tuple[int, Integers]]:
         """Bound and split breadth first until proved or out of budget.
 
-        Yields, chunk by chunk, the nodes that were not proved and have just been split.
+        Yields, chunk by chunk, how many nodes were bounded and those of them that were not proved,
+        which have been split.
         """
         done = 0
         queue = self.open
@@ -210,7 +211,7 @@ class SplitTree:
             done += len(part)
             failing = part[~(self._margin[part] > self.slack)]
             queue = np.concatenate([queue, self.split(failing)])
-            yield failing
+            yield len(part), failing
 
     def _reserve(self, extra: int) -> None:
         self.count += extra

@@ -15,7 +15,8 @@ NaN (from weights that overflow, say) is never dropped: a region whose intervals
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,14 +25,24 @@ from torch import Tensor
 
 from torch_prepared import ops
 from torch_prepared.bounds._affine_prefix import affine_values, bound_affine_value
+from torch_prepared.bounds._program import Lowered, programs_apply
 from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.bounds._slopes import TargetSlopes
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
 from torch_prepared.relax import ElementwiseOperator, lookup
 from torch_prepared.relax._base import Parameters, unit_rows
 from torch_prepared.relax.relu import TwoPiece
 
-__all__ = ["RowBound", "bound_nodes", "bound_rows", "tightened_names"]
+__all__ = [
+    "RowBound",
+    "bound_nodes",
+    "bound_rows",
+    "needed_scalars",
+    "pass_gradient",
+    "tightened_names",
+    "unstable_order",
+]
 
 Boxes = Mapping[str, Interval]
 DEFAULT_MEMORY = 1 << 30
@@ -81,13 +92,24 @@ def bound_rows(
     table = graph.parameters if parameters is None else {**graph.parameters, **parameters}
     target = graph.nodes[-1] if node is None else graph.node(node)
     spread = rows.expand(len(regions), *rows.shape[1:])
+    lowered = None
+    if alphas is None and not shallow:
+        ends = [end for box in boxes.values() for end in (box.lower, box.upper)]
+        lowered = _lower(graph, [rows, regions.lower, *ends], table)
+    if lowered is not None:
+        found = RowBound(*lowered.bound_rows(target, spread, boxes, cuts))
+        if not regions.is_box:
+            exact = found.const + regions.minimum(found.inputs)
+            found = found._replace(lower=torch.maximum(found.lower, exact))
     pending = {target.name: spread.reshape(*spread.shape[:2], *target.shape)}
     const = spread.new_zeros(spread.shape[:2])
-    found = _descend(graph, regions, boxes, dict(pending), const, table, alphas, cuts, shallow)
+    descend = functools.partial(_descend, graph, regions, boxes)
+    if lowered is None:
+        found = descend(dict(pending), const, table, alphas, cuts, shallow)
     if not cuts or shallow or _is_chain(graph):
         return found
     # With branches the cuts met on the way need not include the first nonlinear values of all.
-    floor = _descend(graph, regions, boxes, pending, const, table, None, cuts=False, shallow=True)
+    floor = descend(pending, const, table, None, cuts=False, shallow=True)
     return found._replace(lower=torch.maximum(found.lower, floor.lower))
 
 
@@ -147,6 +169,7 @@ def bound_nodes(
     only: Collection[str] | None = None,
     known: Boxes | None = None,
     every: bool = False,
+    slopes: Mapping[str, TargetSlopes] | None = None,
     max_memory: int = DEFAULT_MEMORY,
 ) -> dict[str, Interval]:
     """An interval (b, *shape) for every node: interval arithmetic, tightened by backward passes.
@@ -159,10 +182,12 @@ def bound_nodes(
         only: names of the values to tighten; None means all that :func:`tightened_names` lists.
         known: intervals proved for larger regions or elsewhere; intersected in.
         every: tighten stable scalars too. Nothing then depends on values, as ``vmap`` needs.
+        slopes: relaxation parameters of each row's own, and which scalars they bound, by name of
+            the value; only these values are tightened then.
         max_memory: bytes that the rows of one backward pass may take.
 
     Returns:
-        Intervals by node name; differentiable in parameters.
+        Intervals by node name; differentiable in parameters and slopes.
     """
     table = graph.parameters if parameters is None else {**graph.parameters, **parameters}
     readers = _nonlinear_readers(graph)
@@ -170,6 +195,8 @@ def bound_nodes(
     if only is not None:
         chosen &= set(only)
     composed = affine_values(graph) & chosen
+    native = chosen - composed and regions.is_box and not every and slopes is None
+    lowered = _lower(graph, [regions.lower, regions.upper], table) if native else None
     start = graph.nodes[0]
     boxes = {start.name: regions.box.map(lambda end: end.reshape(end.shape[0], *start.shape))}
     for node in graph.nodes[1:]:
@@ -178,9 +205,17 @@ def bound_nodes(
             box = box.intersect(known[node.name])
         if node.name in composed and graph.input_size < box.lower[0].numel():
             box = box.intersect(bound_affine_value(graph, regions, node, table))
-        elif node.name in chosen:
-            order, counts = _all(box) if every else _unstable(box, readers[node.name])
-            box = _tighten(graph, regions, boxes, node, box, order, counts, table, max_memory)
+        elif node.name in chosen and lowered is not None:
+            box = _tighten_natively(
+                lowered, node, box, needed_scalars(box, readers[node.name]), boxes
+            )
+        elif slopes is not None and node.name in slopes:
+            own = slopes[node.name]
+            box = _tighten(graph, regions, boxes, node, box, own, table, max_memory)
+        elif slopes is None and node.name in chosen:
+            columns = _all(box) if every else unstable_order(box, readers[node.name])
+            own = TargetSlopes(*columns, {})
+            box = _tighten(graph, regions, boxes, node, box, own, table, max_memory)
         boxes[node.name] = box
     return boxes
 
@@ -228,18 +263,43 @@ def _all(box: Interval) -> tuple[Tensor, Tensor]:
     return order, torch.ones_like(order, dtype=torch.bool)
 
 
-def _unstable(box: Interval, readers: tuple[Node, ...]) -> tuple[Tensor, Tensor]:
-    """Positions (b, k) of the scalars that some reader is nonlinear on, and which of them count.
+def _lower(graph: Graph, tensors: Sequence[Tensor], table: Parameters) -> Lowered | None:
+    """The network for native backward passes, or None where they do not apply."""
+    if not programs_apply([*tensors, *table.values()]):
+        return None
+    return Lowered.of(graph, table)
 
-    Lists shorter than the longest are padded with scalars that do not count and stay as they are:
-    a region's bounds must not depend on the other regions of the batch.
-    """
+
+def needed_scalars(box: Interval, readers: tuple[Node, ...]) -> Tensor:
+    """Which scalars (b, n) some reader is nonlinear on."""
     needed = torch.zeros_like(box.lower, dtype=torch.bool)
     for reader in readers:
         operator = lookup(reader.op)
         stable = operator.stable(box) if isinstance(operator, TwoPiece) else box.width <= 0
         needed |= ~stable
-    needed = needed.flatten(1)
+    return needed.flatten(1)
+
+
+def _tighten_natively(
+    lowered: Lowered, node: Node, box: Interval, needed: Tensor, boxes: Boxes
+) -> Interval:
+    """Intersect the scalars of ``box`` that are needed (b, n) with backward bounds."""
+    where, low, high = lowered.bound_scalars(node, needed, boxes)
+    lower, upper = box.lower.reshape(-1), box.upper.reshape(-1)
+    tight = Interval(lower[where], upper[where]).intersect(Interval(low, high))
+    return Interval(
+        lower.index_put((where,), tight.lower).reshape_as(box.lower),
+        upper.index_put((where,), tight.upper).reshape_as(box.upper),
+    )
+
+
+def unstable_order(box: Interval, readers: tuple[Node, ...]) -> tuple[Tensor, Tensor]:
+    """Positions (b, k) of the scalars that some reader is nonlinear on, and which of them count.
+
+    Lists shorter than the longest are padded with scalars that do not count and stay as they are:
+    a region's bounds must not depend on the other regions of the batch.
+    """
+    needed = needed_scalars(box, readers)
     width = int(needed.sum(dim=1).max()) if needed.numel() else 0
     order = needed.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
     return order, needed.gather(1, order)
@@ -251,40 +311,67 @@ def _tighten(
     boxes: Boxes,
     node: Node,
     box: Interval,
-    order: Tensor,
-    counts: Tensor,
+    slopes: TargetSlopes,
     table: Parameters,
     max_memory: int,
 ) -> Interval:
     """Intersect the scalars ``order`` (b, k) of ``box`` that count with backward bounds."""
+    order, counts = slopes.order, slopes.counts
     if not order.shape[1]:
         return box
     lower, upper = box.lower.flatten(1), box.upper.flatten(1)
     parts = [
         _bound_scalars(graph, regions, boxes, node, part, table)
-        for part in _chunks(graph, order, lower.element_size(), max_memory)
+        for part in _chunks(graph, slopes, lower.element_size(), max_memory)
     ]
     new_lower = torch.cat([part.lower for part in parts], dim=1)
     new_upper = torch.cat([part.upper for part in parts], dim=1)
     old = Interval(lower.gather(1, order), upper.gather(1, order))
     tight = old.intersect(Interval(new_lower, new_upper))
+    if slopes.through:
+        tight = pass_gradient(tight, Interval(new_lower, new_upper))
     return Interval(
         lower.scatter(1, order, torch.where(counts, tight.lower, old.lower)).reshape_as(box.lower),
         upper.scatter(1, order, torch.where(counts, tight.upper, old.upper)).reshape_as(box.upper),
     )
 
 
-def _chunks(graph: Graph, order: Tensor, item: int, max_memory: int) -> Iterator[Tensor]:
+def pass_gradient(value: Interval, source: Interval) -> Interval:
+    """The ends of ``value`` with the gradients of ``source``, of one shape."""
+    return Interval(
+        value.lower.detach() + (source.lower - source.lower.detach()),
+        value.upper.detach() + (source.upper - source.upper.detach()),
+    )
+
+
+def _chunks(
+    graph: Graph, slopes: TargetSlopes, item: int, max_memory: int
+) -> Iterator[TargetSlopes]:
     """Split columns so that one backward pass keeps within the memory budget."""
+    order = slopes.order
     largest = max(n.size for n in graph.nodes)
     per_column = 2 * 4 * order.shape[0] * largest * item  # both ends; rows, parts, temporaries
-    yield from torch.split(order, max(1, max_memory // max(per_column, 1)), dim=1)
+    size, total = max(1, max_memory // max(per_column, 1)), order.shape[1]
+    for first in range(0, total, size):
+        span = slice(first, min(first + size, total))
+        mirror = slice(total + span.start, total + span.stop)
+        alphas = {
+            name: torch.cat([alpha[:, span], alpha[:, mirror]], dim=1)
+            for name, alpha in slopes.alphas.items()
+        }
+        yield TargetSlopes(order[:, span], slopes.counts[:, span], alphas)
 
 
 def _bound_scalars(
-    graph: Graph, regions: RegionBatch, boxes: Boxes, node: Node, index: Tensor, table: Parameters
+    graph: Graph,
+    regions: RegionBatch,
+    boxes: Boxes,
+    node: Node,
+    slopes: TargetSlopes,
+    table: Parameters,
 ) -> Interval:
-    """Backward bounds of the scalars ``index`` (b, k) of a node's flattened value."""
+    """Backward bounds of the scalars ``slopes.order`` (b, k) of a node's flattened value."""
+    index, alphas = slopes.order, slopes.alphas or None
     operator, like = lookup(node.op), boxes[node.inputs[0]].lower
     pending: dict[str, Tensor] = {}
     if operator.traits.affine:
@@ -298,6 +385,6 @@ def _bound_scalars(
         units = unit_rows(index, node, like)
         pending[node.name] = torch.cat([units, -units], dim=1)
         const = like.new_zeros(index.shape[0], 2 * index.shape[1])
-    found = _descend(graph, regions, boxes, pending, const, table, None, cuts=False).lower
+    found = _descend(graph, regions, boxes, pending, const, table, alphas, cuts=False).lower
     lower, negated = found.chunk(2, dim=1)
     return Interval(lower, -negated)

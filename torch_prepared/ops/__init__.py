@@ -3,8 +3,9 @@
 :func:`relaxed_backward` pulls affine rows back through elementwise relaxations,
 :func:`concretize` minimizes rows over boxes, :func:`activation_coefficients` gives the lines of
 an activation, :func:`interval_linear` is an outward-rounded interval affine map,
-:func:`chain_bounds` bounds a fully connected ReLU network over many boxes, and
-:func:`build_info` says what runs.
+:func:`chain_bounds` bounds a fully connected ReLU network over many boxes, :func:`row_program`
+pulls rows back through any network of affine and elementwise layers, and :func:`build_info` says
+what runs.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from torch import Tensor
 
 from torch_prepared.errors import SpecError
 from torch_prepared.ops._load import BuildInfo, build_info
+from torch_prepared.ops._program import RowProgram, RowShares
 from torch_prepared.ops._reference import concretize_reference, relaxed_backward_reference
 from torch_prepared.ops._register import register_all, transforms_active
 
 __all__ = [
     "BuildInfo",
+    "RowProgram",
+    "RowShares",
     "activation_coefficients",
     "build_info",
     "chain_bounds",
     "concretize",
     "interval_linear",
     "relaxed_backward",
+    "row_program",
+    "row_shares",
 ]
 
 register_all()
@@ -289,3 +295,79 @@ def chain_bounds(
         lower, upper, list(weights), list(biases), rows, known_lower, known_upper
     )
     return values, inputs, hidden_lower, hidden_upper
+
+
+def row_program(
+    program: RowProgram,
+    lines: Sequence[Float[Tensor, "4 b n"]],
+    boxes: Sequence[Float[Tensor, "2 b n"]],
+    rows: Float[Tensor, "b s n"] | None = None,
+    shares: RowShares | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower bounds of rows on one value of a network, by one backward pass per region.
+
+    Rows start on slot 0 and are moved by the program's steps, in order.
+
+    Args:
+        program: the steps, with the neurons to bound when there are no ``rows``.
+        lines: per activation lower slope and offset, upper slope and offset, in slot order.
+        boxes: per cut centers and radii, in slot order; the input's last.
+        rows: coefficients on slot 0.
+        shares: slopes of each row's own, from :func:`row_shares`.
+
+    Returns:
+        ``lower`` (2, k), bounds of ``v`` and ``-v`` for each entry of ``program.index``, with two
+        empty tensors; or, with rows, ``lower`` (b, s), the rows on the input (b, s, n) and their
+        constants (b, s). Each bound is the best of the program's cuts. ``lower`` is
+        differentiable once in lines and shares when the input's cut is the only one.
+
+    Raises:
+        RuntimeError: a program that is inconsistent; the message names the argument.
+        UnsupportedOperationError: a gradient in weights, boxes or rows is asked for.
+
+    Soundness:
+        As :func:`relaxed_backward` and :func:`concretize`, in exact real arithmetic; results are
+        rounded to nearest in an order that the slots fix, whatever the batch. Every share in
+        [0, 1] gives a bound.
+
+    Source:
+        Zhang et al., CROWN (NeurIPS 2018); Xu et al., "Fast and Complete" (ICLR 2021) for slopes
+        of each row's own. The arrangement of rows in vector lanes is ours.
+    """
+    none = shares is None
+    lower, inputs, constants = torch.ops.torch_prepared.row_program(
+        *program.arguments(lines, boxes, rows),
+        [] if shares is None else list(shares.free),
+        None if none else shares.values,  # type: ignore[union-attr]
+        None if none else shares.offsets,  # type: ignore[union-attr]
+    )
+    return lower, inputs, constants
+
+
+def row_shares(
+    program: RowProgram,
+    lines: Sequence[Float[Tensor, "4 b n"]],
+    boxes: Sequence[Float[Tensor, "2 b n"]],
+    free: Sequence[Float[Tensor, "b n"]],
+    rows: Float[Tensor, "b s n"] | None = None,
+) -> RowShares:
+    """Slopes of each row's own that equal those of the lines, to be optimized.
+
+    Args:
+        program: see :func:`row_program`.
+        lines: see :func:`row_program`.
+        boxes: see :func:`row_program`.
+        free: per activation ``1 - a`` where the line below may have any slope in [a, 1] and zero
+            offset; 0 elsewhere. It counts only where the line above has a positive offset.
+        rows: see :func:`row_program`.
+
+    Returns:
+        Shares whose ``values`` may be replaced by any numbers in [0, 1].
+
+    Raises:
+        RuntimeError: see :func:`row_program`.
+    """
+    offsets, values = torch.ops.torch_prepared.row_shares(
+        *program.arguments(lines, boxes, rows), list(free)
+    )
+    return RowShares(values, offsets, tuple(free))

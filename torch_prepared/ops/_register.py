@@ -14,10 +14,15 @@ from torch import Tensor
 from torch_prepared.ops import _reference as linear
 from torch_prepared.ops import _reference_activation as activation
 from torch_prepared.ops import _reference_chain as chain
+from torch_prepared.ops import _reference_program as program
 from torch_prepared.ops._load import load_native
 
 __all__ = ["SCHEMAS", "register_all", "transforms_active"]
 
+_PROGRAM = (
+    "Tensor slots, Tensor steps, Tensor[] tensors, Tensor[] lines, Tensor[] boxes, "
+    "Tensor starts, Tensor index, Tensor? rows, int input_slot, Tensor[] free"
+)
 # What csrc/library.cpp defines; a test compares the two.
 SCHEMAS = {
     "relaxed_backward": "(Tensor rows, Tensor lower_slope, Tensor lower_offset, "
@@ -36,6 +41,10 @@ SCHEMAS = {
     "chain_bounds": "(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, "
     "Tensor rows, Tensor? known_lower, Tensor? known_upper) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "row_program": f"({_PROGRAM}, Tensor? shares, Tensor? offsets) -> (Tensor, Tensor, Tensor)",
+    "row_program_grad": f"(Tensor grad_lower, {_PROGRAM}, Tensor? shares, Tensor? offsets) "
+    "-> (Tensor, Tensor)",
+    "row_shares": f"({_PROGRAM}) -> (Tensor, Tensor)",
 }
 
 _REFERENCES: dict[str, Callable[..., Any]] = {
@@ -46,6 +55,9 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "activation_coefficients_grad": activation.activation_coefficients_grad_reference,
     "interval_linear": linear.interval_linear_reference,
     "chain_bounds": chain.chain_bounds_reference,
+    "row_program": program.row_program_reference,
+    "row_program_grad": program.row_program_grad_reference,
+    "row_shares": program.row_shares_reference,
 }
 
 
@@ -100,6 +112,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "activation_coefficients_grad": _fake_activation_grad,
     "interval_linear": _fake_interval_linear,
     "chain_bounds": chain.fake_chain_bounds,
+    "row_program": program.fake_row_program,
+    "row_program_grad": program.fake_row_program_grad,
 }
 
 
@@ -183,13 +197,15 @@ def register_all() -> None:
             library.define(name + schema)
         reference = _REFERENCES[name]
         library.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"torch_prepared::{name}", _FAKES[name], lib=library)
+        if name in _FAKES:  # the number of shares depends on values
+            torch.library.register_fake(f"torch_prepared::{name}", _FAKES[name], lib=library)
     gradients: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "relaxed_backward": (_backward_relaxed, _save_tensors),
         "concretize": (_backward_concretize, _save_tensors),
         "activation_coefficients": (_backward_activation, _setup_activation),
         "interval_linear": (_backward_interval, _setup_interval),
         "chain_bounds": (chain.refuse_gradient, chain.setup_nothing),
+        "row_program": (program.row_program_backward, program.row_program_setup),
     }
     for name, (backward, setup) in gradients.items():
         torch.library.register_autograd(

@@ -178,6 +178,15 @@ class ElementwiseOperator(Operator):
         it means is the operator's business, every value in [0, 1] must give a valid pair.
         """
 
+    def lines(self, node: Node, box: Interval, alpha: Tensor | None = None) -> AffinePair:
+        """:meth:`affine`, with NaN offsets where the box holds NaN."""
+        pair = self.affine(node, box, alpha)
+        # Comparisons with NaN are false, so lines of a NaN box could look like those of a good one.
+        broken = torch.isnan(box.lower) | torch.isnan(box.upper)
+        below = pair.lower_offset.masked_fill(broken, torch.nan)
+        above = pair.upper_offset.masked_fill(broken, torch.nan)
+        return pair._replace(lower_offset=below, upper_offset=above)
+
     def alpha_start(self, node: Node, box: Interval) -> Tensor:
         """The ``alpha`` in [0, 1] that reproduces the default pair of lines."""
         raise UnsupportedOperationError(
@@ -231,12 +240,7 @@ class ElementwiseOperator(Operator):
             alpha = alpha.reshape(*alpha.shape[:2], -1)
         else:
             box = box.map(lambda end: end.squeeze(1))
-        lines = self.affine(node, box, alpha)
-        # Comparisons with NaN are false, so lines of a NaN box could look like those of a good one.
-        broken = torch.isnan(box.lower) | torch.isnan(box.upper)
-        below = lines.lower_offset.masked_fill(broken, torch.nan)
-        above = lines.upper_offset.masked_fill(broken, torch.nan)
-        lines = lines._replace(lower_offset=below, upper_offset=above)
+        lines = self.lines(node, box, alpha)
         moved, bias = ops.relaxed_backward(rows.reshape(b, s, -1), *lines)
         return PulledBack((moved.reshape(rows.shape),), bias)
 
