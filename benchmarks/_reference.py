@@ -46,6 +46,7 @@ Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 PRESERVE = 1000
+PRESERVED_SAMPLES = 2500
 CIFAR_TEST = 1000
 SAMPLES = {"acasxu": 100_000, "collins_rul_cnn": 5_000}
 DEFAULT_SAMPLES = 20_000
@@ -120,7 +121,7 @@ def build_reference(case: Case, root: Path, seed: int, fraction: float = 1.0) ->
     widen = 0.0 if case.benchmark == "acasxu" else WIDEN
     mixed = case.benchmark == "collins_rul_cnn"
     return Reference(
-        _samples(regions, max(10, int(fraction * PRESERVE)), widen, mixed, keep),
+        _samples(regions, max(10, int(fraction * PRESERVED_SAMPLES)), widen, mixed, keep),
         None,
         EvaluationData(_samples(regions, max(10, count), widen, mixed, judge), None, kind),
     )

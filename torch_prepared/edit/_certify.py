@@ -125,7 +125,7 @@ def prove_by_splitting(
     for network in (graph, graph.to(torch.float64, "cpu")):
         engine = leaf_engine(network, batch)
         tree.bound(engine, tree.leaves, chunk=4096)
-        for failing in tree.grow(engine, deadline, max_leaves):
+        for _, failing in tree.grow(engine, deadline, max_leaves):
             if not len(failing):
                 continue
             center = tree.boxes(failing).center

@@ -26,11 +26,14 @@ from torch_prepared.relax.conv import pad_values, window
 
 __all__ = ["Metric", "behavior_metric", "euclidean_metric"]
 
-MAX_ROWS = 1000
+MAX_ROWS = 3000
+SUBSPACE = 400
+SUBSPACE_ITERATIONS = 4
 DENSE_BYTES = 1 << 30
 FLAT_ENTRIES = 60_000_000
 NEGLIGIBLE = 0.1
 LEAST_LEAD = 0.3  #: of the median lead of a decision; thinner ones weigh no more than this
+LEAST_GAP = 0.1  #: of the outputs' spread; likewise where no labels tell what decides
 
 
 class _Block(ABC):
@@ -206,9 +209,8 @@ def behavior_metric(
         damping: weight of the 2-norm, relative to the mean squared sketch entry per weight.
 
     Returns:
-        A metric whose unit is the outputs' mean standard deviation on the reference. Where labels
-        show that the largest output is the decision, output changes are measured as leads of the
-        decision over each other class, relative to the lead: thin leads weigh most.
+        A metric whose unit is the outputs' mean standard deviation on the reference, and in which
+        changes weigh most where they would change a decision: see :func:`_decision_directions`.
     """
     single = graph.to(torch.float32, "cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -217,8 +219,7 @@ def behavior_metric(
     chosen = torch.randperm(total, generator=generator)[:count]
     directions = torch.randn(count, graph.output_size, generator=generator)
     spread = float(reference.outputs.float().std(dim=0).mean()) if total > 1 else 1.0
-    if reference.labels is not None and graph.output_size > 1:
-        directions = spread * _lead_directions(directions, reference.outputs[chosen].float())
+    directions = _decision_directions(directions, reference, chosen)
     directions = directions / (max(spread, 1e-12) * count**0.5)
     blocks = _sketch(single, vector, reference.inputs[chosen].float(), directions)
     sketch: _Sketch = _BlockSketch(vector, tuple(blocks))
@@ -230,7 +231,29 @@ def behavior_metric(
     return Metric(absolute, sketch, torch.linalg.cholesky(gram))
 
 
-def _lead_directions(noise: Tensor, outputs: Tensor) -> Tensor:
+def _decision_directions(noise: Tensor, reference: Reference, chosen: Tensor) -> Tensor:
+    """Random output directions (k, m) that weigh most where a decision is thin.
+
+    Labels show that the decision is the largest output. Without labels it may be either end, or
+    there may be none and all outputs count: a mixture of the three.
+    """
+    outputs = reference.outputs[chosen].float()
+    spread = float(reference.outputs.float().std(dim=0).mean()) if len(chosen) > 1 else 1.0
+    if outputs.shape[1] == 1:
+        return noise
+    if reference.labels is not None:
+        lead = outputs.topk(2, dim=1).values
+        floor = LEAST_LEAD * float((lead[:, 0] - lead[:, 1]).median())
+        return spread * _lead_directions(noise, outputs, floor)
+    floor = LEAST_GAP * spread
+    generator = torch.Generator().manual_seed(0)
+    again, third = torch.randn(2, *noise.shape, generator=generator)
+    both = _lead_directions(noise, outputs, floor) + _lead_directions(again, -outputs, floor)
+    mixed: Tensor = floor * both + LEAST_GAP * third
+    return mixed
+
+
+def _lead_directions(noise: Tensor, outputs: Tensor, floor: float) -> Tensor:
     """Random combinations (k, m) of every input's leads ``y_top - y_j``, over their sizes.
 
     With independent noise ``g_j`` the row ``sum_j g_j (e_top - e_j) / (lead_j + floor)`` has the
@@ -238,19 +261,36 @@ def _lead_directions(noise: Tensor, outputs: Tensor) -> Tensor:
     """
     top = outputs.argmax(dim=1, keepdim=True)
     lead = outputs.gather(1, top) - outputs
-    runner_up = lead.scatter(1, top, torch.inf).amin(dim=1)
-    floor = LEAST_LEAD * float(runner_up.median()) + torch.finfo(outputs.dtype).tiny
-    share = (noise / (lead + floor)).scatter(1, top, 0.0)
+    share = noise / (lead + floor + torch.finfo(outputs.dtype).tiny)
+    share = share.scatter(1, top, 0.0)
     return (-share).scatter(1, top, share.sum(dim=1, keepdim=True))
 
 
 def _principal(sketch: _Sketch, gram: Tensor, damping: float, count: int) -> _Sketch:
     """The directions that weigh more than a tenth of the damping, when storing them is cheap."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = _largest_eigenpairs(gram, NEGLIGIBLE * damping)
     kept = vectors[:, values > NEGLIGIBLE * damping]
     if kept.shape[1] * count > FLAT_ENTRIES:
         return sketch
     return _FlatSketch(sketch.combine(kept.T))
+
+
+def _largest_eigenpairs(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of a positive semidefinite matrix, at least all above ``least``.
+
+    By subspace iteration where few are that large (Halko, Martinsson and Tropp, 2011), else all.
+    """
+    k = len(gram)
+    if k > 2 * SUBSPACE:
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.randn(k, SUBSPACE, generator=generator, dtype=gram.dtype)
+        for _ in range(SUBSPACE_ITERATIONS):
+            basis = torch.linalg.qr(gram @ basis).Q
+        values, inner = torch.linalg.eigh(basis.T @ gram @ basis)
+        if float(values[0]) < 0.5 * least:
+            return values, basis @ inner
+    full: tuple[Tensor, Tensor] = torch.linalg.eigh(gram)
+    return full
 
 
 def _sketch(

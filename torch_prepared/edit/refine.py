@@ -16,7 +16,8 @@ SPIN 2022); rows from open leaves in a behavior metric are ours.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,17 +43,19 @@ __all__ = ["RefineEditor"]
 
 logger = logging.getLogger(__name__)
 
-LEAF_ROWS = 200
+LEAF_ROWS = 150
 ROUNDS = 200
 SHRINK_ROUNDS = 3
 LIFTS = 4
 WORTH = 0.3  #: share of the open leaves that one more lift must close
+RECENT = 3  #: chunks of leaves by which growth is judged
+THIN = 2e-5  #: share of the volume below which leaves are lifted rather than split ever more
 SPARE = 0.8  #: share of the capacity to which a tree is cut down
 LOW_CENTER = 0.2  #: margins of leaf centers below this share of the aim become points
 LEAF_AIM, POINT_AIM = 0.15, 0.7  #: shares of the aim that lifted leaves and points must reach
-CHECKED_PER_SECOND = 4000  #: leaves that the checker replays, for planning
-CHECKING = 0.4  #: share of the time that checking may take
-MOST_LEAVES = 60_000  #: a certificate's leaves, however much time there is
+CHECKED_PER_SECOND = 8000  #: leaves that the checker replays, for planning
+CHECKING = 0.35  #: share of the time that checking may take
+MOST_LEAVES = 200_000  #: a certificate's leaves, however much time there is
 
 
 @dataclass
@@ -67,8 +70,8 @@ class RefineEditor(Editor):
     """
 
     name = "refine"
-    damping: float = 0.1
-    leaves: int = 150_000
+    damping: float = 0.03
+    leaves: int = 300_000
     relative_margin: float = 0.1
     reach: float = 2.0
 
@@ -229,9 +232,13 @@ class _Refinement:
             tree.bound(engine, tree.open, 4096)
             budget = max(1000, self.settings.leaves // len(self.trees))
             found |= self._collect(i, tree.open)
-            for failing in tree.grow(engine, self.deadline, budget):
+            recent: deque[tuple[int, int]] = deque(maxlen=RECENT)
+            for bounded, failing in tree.grow(engine, self.deadline, budget):
+                recent.append((bounded, len(failing)))
                 if self._collect(i, failing):
                     found = True
+                    break
+                if self._is_thin(tree, recent):
                     break
             fresh = tree.open
             tree.bound(engine, fresh[~np.isfinite(tree.margins(fresh))], 4096)
@@ -240,6 +247,12 @@ class _Refinement:
                 len(tree.leaves), len(tree.open), tree.volume(tree.open),
             )  # fmt: skip
         return found
+
+    def _is_thin(self, tree: SplitTree, recent: Sequence[tuple[int, int]]) -> bool:
+        """Whether what is open is next to nothing, yet grows: then lifting is cheap."""
+        bounded, failing = (sum(counts) for counts in zip(*recent, strict=True))
+        exploding = len(recent) == RECENT and 2 * failing > bounded
+        return exploding and tree.volume(tree.open) < THIN
 
     def _collect(self, position: int, nodes: NDArray[np.int64]) -> bool:
         """Whether the center of a node has a low margin; some such centers become points."""
@@ -296,9 +309,14 @@ class _Refinement:
         jacobian, value = self._leaf_rows(opened, False, reach)
         if not len(value):
             return False
-        point_rows, point_values = self.points.rows(near=2 * self.aim)
-        rise = torch.cat([LEAF_AIM * self.aim - value, POINT_AIM * self.aim - point_values])
-        step = self.walk.shortest(torch.cat([jacobian, point_rows]), rise)
+        goal = LEAF_AIM * self.aim
+        proved = [np.setdiff1d(tree.leaves, o) for tree, o in zip(self.trees, opened, strict=True)]
+        guard_rows, guards = self._leaf_rows(proved, True, torch.inf)
+        point_rows, points = self.points.rows(near=2 * self.aim)
+        rise = torch.cat(
+            [goal - value, guards.clamp_max(goal) - guards, POINT_AIM * self.aim - points]
+        )
+        step = self.walk.shortest(torch.cat([jacobian, guard_rows, point_rows]), rise)
         if step is None:
             return False
         self.walk.theta = self.walk.theta + step
@@ -307,16 +325,16 @@ class _Refinement:
     def _leaf_rows(
         self, opened: list[NDArray[np.int64]], worst: bool, reach: float
     ) -> tuple[Tensor, Tensor]:
-        """Gradients (m, p) and margins (m,) of some leaves that lack at most ``reach`` aims."""
+        """Gradients (m, p) and margins (m,) of leaves: the nearer half, or all within ``reach``."""
         theta = self.walk.theta
         found, values = [theta.new_zeros(0, len(theta))], [theta.new_zeros(0)]
         share = max(20, LEAF_ROWS // len(self.trees))
         for tree, rows, leaves in zip(self.trees, self.rows, opened, strict=True):
             margins = tree.margins(leaves)
-            near = margins > -reach * self.aim
-            leaves, margins = leaves[near], margins[near]
             if not len(leaves):
                 continue
+            near = margins >= min(-reach * self.aim, float(np.median(margins)))
+            leaves, margins = leaves[near], margins[near]
             order = np.argsort(margins)
             if not worst:
                 order = torch.randperm(len(leaves), generator=self.generator).numpy()
