@@ -193,14 +193,22 @@ class SplitTree:
         return dim, value, left, np.where(inner, left + 1, 0), self._rows[: self.count]
 
     def grow(
-        self, engine: LeafEngine, deadline: Deadline, max_leaves: int, chunk: int = 4096
+        self,
+        engine: LeafEngine,
+        deadline: Deadline,
+        max_leaves: int,
+        chunk: int = 4096,
+        spare: float = 0.0,
     ) -> Iterator[tuple[int, Integers]]:
         """Bound and split breadth first until proved or out of budget.
+
+        New leaves are split until their margin exceeds the slack by ``spare``, so that small
+        changes of the weights do not open them again.
 
         Yields, chunk by chunk, how many nodes were bounded and those of them that were not proved,
         which have been split.
         """
-        done = 0
+        done, wanted = 0, self.slack + spare
         queue = self.open
         fresh = queue[~np.isfinite(self._margin[queue])]
         known = queue[np.isfinite(self._margin[queue])]
@@ -209,7 +217,7 @@ class SplitTree:
             part, queue = queue[:chunk], queue[chunk:]
             self.bound(engine, part, chunk)
             done += len(part)
-            failing = part[~(self._margin[part] > self.slack)]
+            failing = part[~(self._margin[part] > wanted)]
             queue = np.concatenate([queue, self.split(failing)])
             yield len(part), failing
 

@@ -50,6 +50,7 @@ LIFTS = 4
 WORTH = 0.3  #: share of the open leaves that one more lift must close
 RECENT = 3  #: chunks of leaves by which growth is judged
 THIN = 2e-5  #: share of the volume below which leaves are lifted rather than split ever more
+SPLIT_SPARE = 0.07  #: share of the aim that new leaves must have in hand
 SPARE = 0.8  #: share of the capacity to which a tree is cut down
 LOW_CENTER = 0.2  #: margins of leaf centers below this share of the aim become points
 LEAF_AIM, POINT_AIM = 0.15, 0.7  #: shares of the aim that lifted leaves and points must reach
@@ -233,7 +234,8 @@ class _Refinement:
             budget = max(1000, self.settings.leaves // len(self.trees))
             found |= self._collect(i, tree.open)
             recent: deque[tuple[int, int]] = deque(maxlen=RECENT)
-            for bounded, failing in tree.grow(engine, self.deadline, budget):
+            growth = tree.grow(engine, self.deadline, budget, spare=SPLIT_SPARE * self.aim)
+            for bounded, failing in growth:
                 recent.append((bounded, len(failing)))
                 if self._collect(i, failing):
                     found = True
