@@ -35,7 +35,7 @@ def to_fractions(values: npt.ArrayLike) -> Exact:
 
 
 def evaluate_exactly(network: NetworkRecord, point: npt.ArrayLike) -> Exact:
-    """The flattened output (m,) at one input; arguments and errors are those of `values_exactly`."""
+    """The flattened output (m,) at one input; arguments and errors as `values_exactly`."""
     values = values_exactly(network, point)
     return values[next(reversed(values))].reshape(-1)
 

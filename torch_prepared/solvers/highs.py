@@ -11,7 +11,7 @@ that an interior-point iteration on a hard factorization can overrun the time li
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -67,13 +67,18 @@ class HighsSolver:
             left.
         find_ray: back ``INFEASIBLE`` by a Farkas ray (one more linear program, in the time left).
         mip_gap: relative gap at which branch and bound stops.
+        progress: called from branch and bound with (dual bound, best objective) now and then, from
+            another thread; must not raise.
         name: name in the registry.
+
+    Branch and bound runs in a thread of its own, so that Ctrl-C ends it within a second.
     """
 
     method: HighsMethod = HighsMethod.AUTO
     retry: bool = True
     find_ray: bool = True
     mip_gap: float = 1e-4
+    progress: Callable[[float, float], None] | None = None
     name: str = "highs"
 
     def solve(
@@ -98,7 +103,7 @@ class HighsSolver:
             left = deadline - time.perf_counter()
             if verdict is not None and left <= 0.0:
                 break
-            attempt = _run(problem, data, option, max(left, 0.0), threads, self.mip_gap)
+            attempt = _run(problem, data, option, max(left, 0.0), threads, self)
             verdict = attempt if verdict is None else _better(verdict, attempt)
             if verdict.status not in (Status.UNKNOWN, Status.FEASIBLE):
                 break
@@ -211,21 +216,46 @@ def _set_options(
         )
 
 
+def _branch_and_bound(
+    highs: highspy.Highs, progress: Callable[[float, float], None] | None
+) -> None:
+    """Run in another thread, so that this one hears Ctrl-C and can pass it on."""
+    highs.HandleUserInterrupt = True
+    if progress is not None:
+        report = progress
+
+        def tell(event: highspy.HighsCallbackEvent) -> None:
+            report(float(event.data_out.mip_dual_bound), float(event.data_out.mip_primal_bound))
+
+        highs.cbMipInterrupt += tell
+    thread = highs.startSolve()
+    try:
+        while thread.is_alive():
+            thread.join(0.05)
+    except BaseException:
+        highs.cancelSolve()  # type: ignore[no-untyped-call]  # its stub lacks the return type
+        thread.join()
+        raise
+
+
 def _run(
     problem: LinearProgram,
     matrix: sp.csr_matrix,
     method: HighsMethod,
     limit: float,
     threads: int | None,
-    mip_gap: float,
+    settings: HighsSolver,
 ) -> Solution:
     start = time.perf_counter()
     highs = highspy.Highs()  # type: ignore[no-untyped-call]  # its stub lacks the return type
-    _set_options(highs, method, limit, threads, mip_gap)
+    _set_options(highs, method, limit, threads, settings.mip_gap)
     _pass_problem(highs, problem, matrix)
     passed = time.perf_counter() - start
     highs.setOptionValue("time_limit", max(limit - passed, 0.0))
-    highs.run()
+    if problem.integer is None:
+        highs.run()
+    else:
+        _branch_and_bound(highs, settings.progress)
     status = highs.getModelStatus()
     solution, info = highs.getSolution(), highs.getInfo()
     x = np.asarray(solution.col_value, dtype=np.float64) if solution.value_valid else None

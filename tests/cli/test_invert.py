@@ -1,0 +1,170 @@
+"""``invert``: bounds, pairs, pictures, exit codes, refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from torch_prepared.certify import Certificate
+
+from .conftest import Run, one_line_error, only_json
+
+
+@pytest.fixture
+def write_fold(tmp_path: Path):
+    """Write (x, y) -> (|x| + shift, y)."""
+
+    def write(name: str = "fold.onnx", *, slope: float = 1.0, op: str = "Relu") -> Path:
+        weights = {
+            "a.weight": np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], np.float32),
+            "a.bias": np.zeros(4, np.float32),
+            "b.weight": np.array([[1, slope, 0, 0], [0, 0, 1, -1]], np.float32),
+            "b.bias": np.zeros(2, np.float32),
+        }
+        nodes = [
+            helper.make_node("Gemm", ["x", "a.weight", "a.bias"], ["h"], transB=1),
+            helper.make_node(op, ["h"], ["r"]),
+            helper.make_node("Gemm", ["r", "b.weight", "b.bias"], ["y"], transB=1),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "fold",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])],
+            [numpy_helper.from_array(value, key) for key, value in weights.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        path = tmp_path / name
+        onnx.save_model(model, str(path))
+        return path
+
+    return write
+
+
+def test_a_preimage_is_found_and_the_radius_certified(run: Run, write_fold, tmp_path: Path) -> None:
+    model = write_fold()
+    plot, proof = tmp_path / "pair.png", tmp_path / "proof.json"
+    result = run(
+        "invert", model, "--at", "0.25,0.5", "--norm", "inf", "--plot", plot,
+        "--certificate", proof, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 10, result.output
+    data = only_json(result)
+    assert data["lower"] <= 0.5 <= data["upper"]
+    assert data["upper"] - data["lower"] < 1e-3
+    assert data["evidence"] == "certified"
+    x, y = data["witness"]["x"], data["witness"]["y"]
+    assert x != y
+    np.testing.assert_allclose(np.abs(x[0]), np.abs(y[0]))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(Certificate.load(proof).properties) > 0
+    text = run("invert", model, "--at", "0.25,0.5")
+    assert text.exit_code == 10
+    assert "no collision  within 0.49" in text.stdout
+
+
+def test_exit_codes_tell_proofs_from_claims(run: Run, write_fold) -> None:
+    model = write_fold()
+    proved = run("invert", model, "--at", "0.25,0.5", "--radius", "0.2")
+    assert proved.exit_code == 0, proved.output
+    claimed = run("invert", model, "--at", "0.25,0.5", "--radius", "0.4", "--method", "milp")
+    assert claimed.exit_code == 20, claimed.output
+    assert "claimed" in claimed.stdout
+    pairs = run("invert", model, "--at", "0.25,0.5", "--problem", "injectivity", "--json")
+    assert pairs.exit_code == 10
+    assert only_json(pairs)["lower"] == pytest.approx(0.25, abs=2e-3)
+
+
+def test_matching_two_files(run: Run, write_fold) -> None:
+    fold, plane = write_fold(), write_fold("leaky.onnx", slope=-0.5)
+    lost = run("invert", fold, "--match", plane, "--at", "0.25,0", "--json")
+    assert lost.exit_code == 10, lost.output
+    assert only_json(lost)["lower"] == pytest.approx(0.25, abs=2e-3)
+    kept = run("invert", plane, "--match", fold, "--at", "0.25,0", "--json")
+    assert kept.exit_code == 20, kept.output
+    assert only_json(kept)["status"] == "excluded"
+    assert only_json(kept)["evidence"] == "claimed"
+    near = run("invert", plane, "--match", fold, "--at", "0.25,3", "--radius", "0.2", "--json")
+    assert near.exit_code == 0, near.output
+    assert only_json(near)["evidence"] == "interval"
+
+
+def test_points_from_files_and_other_norms(run: Run, write_fold, tmp_path: Path) -> None:
+    np.save(tmp_path / "at.npy", np.array([[0.25, 0.5]], np.float32))
+    for norm in ("1", "2"):
+        result = run("invert", write_fold(), "--at", tmp_path / "at.npy", "--norm", norm, "--json")
+        assert result.exit_code == 10
+        assert only_json(result)["upper"] == pytest.approx(0.5)
+    other = run("invert", write_fold(), "--at", "0.25,0.5", "--of=-1,0.5", "--json")
+    assert only_json(other)["upper"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--at", "1"], "--at"),
+        (["--at", "1,x"], "--at"),
+        (["--at", "nan,1"], "--at"),
+        (["--at", "nowhere.npy"], "nowhere.npy"),
+        (["--at", "0,1", "--radius", "-1"], "--radius"),
+        (["--at", "0,1", "--radius", "inf"], "radius"),
+        (["--at", "0,1", "--norm", "3"], "--norm"),
+        (["--at", "0,1", "--time-limit", "0"], "--time-limit"),
+        (["--at", "0,1", "--domain", "1,0"], "--domain"),
+        (["--at", "0,1", "--domain", "2,3"], "domain"),
+        (["--at", "0,1", "--problem", "injectivity", "--of", "1,1"], "--problem"),
+        (["--at", "0,1", "--problem", "injectivity", "--separation", "9"], "separation"),
+        (["--at", "0,1", "--plot", "/nowhere/x.png"], "x.png"),
+        ([], "--at"),
+    ],
+)
+def test_bad_usage_is_one_line(run: Run, write_fold, arguments: list[str], word: str) -> None:
+    assert word in one_line_error(run("invert", write_fold(), *arguments))
+
+
+def test_bad_files_write_nothing(run: Run, write_fold, tmp_path: Path) -> None:
+    plot = tmp_path / "p.png"
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(write_fold().read_bytes()[:150])
+    smooth = write_fold("smooth.onnx", op="Tanh")
+    for model, word in ((broken, "broken.onnx"), (smooth, "tanh"), (tmp_path / "no.onnx", "no")):
+        error = one_line_error(run("invert", model, "--at", "0,1", "--plot", plot))
+        assert word in error
+    nan = write_fold("nan.onnx", slope=float("nan"))
+    one_line_error(run("invert", nan, "--at", "0,1", "--plot", plot))
+    one_line_error(run("invert", write_fold(), "--at", "0.2,1", "--plot", tmp_path / "p.wrong"))
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".onnx"] * 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_long_program_soon_and_leaves_nothing(tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    sizes = ((6, 40), (40, 40), (40, 6))
+    layers = [part for n, m in sizes for part in (torch.nn.Linear(n, m), torch.nn.ReLU())]
+    net = torch.nn.Sequential(*layers[:-1])
+    path = tmp_path / "hard.onnx"
+    torch.onnx.export(net, (torch.zeros(1, 6),), str(path), dynamo=False)
+    command = [
+        sys.executable, "-m", "torch_prepared", "invert", str(path), "--at", "0,0,0,0,0,0",
+        "--radius", "3", "--method", "milp", "--time-limit", "150",
+        "--plot", str(tmp_path / "p.png"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(45)  # past the search, into branch and bound
+    start = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert time.monotonic() - start < 30
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hard.onnx"]
