@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch_prepared._version import __version__
 
 if TYPE_CHECKING:
-    from torch_prepared import bounds, certify, edit, specs
+    from torch_prepared import bounds, calibrate, certify, edit, interpret, invert, specs
     from torch_prepared.certify import Certificate, Verdict, check_certificate
     from torch_prepared.core.capture import capture_module
     from torch_prepared.core.graph import Graph
@@ -32,12 +32,15 @@ __all__ = [
     "__version__",
     "bounds",
     "build_info",
+    "calibrate",
     "capture_module",
     "certify",
     "check_certificate",
     "edit",
     "edit_network",
     "graph_to_module",
+    "interpret",
+    "invert",
     "load_onnx",
     "save_onnx",
     "specs",
@@ -59,7 +62,7 @@ _HOMES = {
     "load_onnx": "core.onnx",
     "save_onnx": "core.onnx",
 }
-_PACKAGES = ("bounds", "certify", "edit", "specs")
+_PACKAGES = ("bounds", "calibrate", "certify", "edit", "interpret", "invert", "specs")
 
 
 def __getattr__(name: str) -> object:

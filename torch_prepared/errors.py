@@ -12,6 +12,7 @@ __all__ = [
     "ModelFormatError",
     "PreparedError",
     "PreparedWarning",
+    "ReportError",
     "SolverError",
     "SpecError",
     "UnsupportedOperationError",
@@ -44,6 +45,10 @@ class InfeasibleEditError(PreparedError):
 
 class CertificateError(PreparedError, ValueError):
     """A certificate is malformed, altered, or was made for another network or property."""
+
+
+class ReportError(PreparedError, ValueError):
+    """The report file of an edit is malformed, or speaks of files that changed since."""
 
 
 class MissingDependencyError(PreparedError, ImportError):

@@ -29,7 +29,8 @@ def test_metric_equals_the_dense_gauss_newton_sketch(
 
     generator = torch.Generator().manual_seed(3)
     order = torch.randperm(12, generator=generator)
-    directions = torch.randn(12, graph.output_size, generator=generator)
+    noise = torch.randn(12, graph.output_size, generator=generator)
+    directions = _metric._decision_directions(noise, reference, order)
     theta = vector.flatten(graph.parameters).double()
     exact = graph.to(torch.float64)
 
@@ -57,10 +58,40 @@ def test_labels_make_thin_leads_weigh_most() -> None:
     y = torch.tensor([3.0, 1.0, 2.5])
     count = 20000
     noise = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
-    made = _metric._lead_directions(noise, y.expand(count, 3))
     floor = _metric.LEAST_LEAD * 0.5
+    made = _metric._lead_directions(noise, y.expand(count, 3), floor)
     over_1 = torch.tensor([1.0, -1.0, 0.0]) / (2.0 + floor)
     over_2 = torch.tensor([1.0, 0.0, -1.0]) / (0.5 + floor)
     wanted = over_1[:, None] * over_1 + over_2[:, None] * over_2
     torch.testing.assert_close(made.T @ made / count, wanted, rtol=0.05, atol=0.05)
     assert torch.equal(made.sum(dim=1).abs() < 1e-5, torch.ones(count, dtype=torch.bool))
+
+
+def test_without_labels_thin_gaps_at_either_end_weigh_most() -> None:
+    y = torch.tensor([3.0, 2.9, 1.0, 0.0])
+    count = 20000
+    reference = Reference(torch.zeros(count, 1), y.expand(count, 4).clone(), None, "domain")
+    reference.outputs[: count // 2] += torch.tensor([0.0, -9.0, 0.0, 9.0])  # for a spread
+    noise = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+    made = _metric._decision_directions(noise, reference, torch.arange(count))[count // 2 :]
+    second = made.T @ made / len(made)
+    top, bottom = torch.tensor([1.0, -1.0, 0, 0]), torch.tensor([0, 0, 1.0, -1.0])
+    middle = torch.tensor([0, 1.0, -1.0, 0])
+    assert float(top @ second @ top) > 2 * float(middle @ second @ middle)
+    assert float(bottom @ second @ bottom) > 0
+    assert float(torch.linalg.eigvalsh(second)[0]) > 0
+
+
+def test_the_largest_eigenpairs_are_those_of_the_full_decomposition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k, rank = 2 * _metric.SUBSPACE + 100, 60
+    factor = torch.randn(k, rank, generator=generator, dtype=torch.float64)
+    gram = factor @ factor.T
+    values, vectors = _metric._largest_eigenpairs(gram, least=1.0)
+    assert len(values) == _metric.SUBSPACE  # found by subspace iteration
+    full = torch.linalg.eigvalsh(gram)
+    torch.testing.assert_close(values[-rank:], full[-rank:], rtol=1e-8, atol=0)
+    kept = vectors[:, -rank:]
+    torch.testing.assert_close(kept @ torch.diag(values[-rank:]) @ kept.T, gram)
+    values, _ = _metric._largest_eigenpairs(gram + 5 * torch.eye(k, dtype=torch.float64), 1.0)
+    assert len(values) == k  # too many are large

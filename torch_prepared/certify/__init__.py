@@ -1,6 +1,6 @@
 """Certificates and their independent checker. Imports NumPy only; shares no code on purpose."""
 
-from torch_prepared.certify.certificate import Certificate
+from torch_prepared.certify.certificate import Certificate, weights_digest
 from torch_prepared.certify.checker import (
     CheckResult,
     PropertyCheck,
@@ -9,6 +9,12 @@ from torch_prepared.certify.checker import (
     match_certificate,
 )
 from torch_prepared.certify.exact import evaluate_exactly, margin_exactly
+from torch_prepared.certify.points import (
+    PointCertificate,
+    PointCheck,
+    PointClaims,
+    check_points,
+)
 from torch_prepared.certify.proof import ProofTree, Slopes
 from torch_prepared.certify.records import InputRecord, NetworkRecord, PropertyRecord
 
@@ -17,13 +23,18 @@ __all__ = [
     "CheckResult",
     "InputRecord",
     "NetworkRecord",
+    "PointCertificate",
+    "PointCheck",
+    "PointClaims",
     "ProofTree",
     "PropertyCheck",
     "PropertyRecord",
     "Slopes",
     "Verdict",
     "check_certificate",
+    "check_points",
     "evaluate_exactly",
     "margin_exactly",
     "match_certificate",
+    "weights_digest",
 ]

@@ -97,6 +97,13 @@ def replay_certificate(
 
 def run_check(config: CheckConfig) -> Outcome:
     """Replay, and say what came of it."""
+    # Imported here, like in all commands: help and usage errors come without this delay.
+    from torch_prepared.cli._point_check import is_point_certificate, run_point_check
+
+    if is_point_certificate(config.certificate):
+        return run_point_check(
+            config.certificate, config.model, config.properties, config.arithmetic
+        )
     replay = replay_certificate(config)
     check, agreement = replay.check, replay.agreement
     status = "certified" if replay.certified else "unknown"
@@ -151,6 +158,9 @@ def command(
     arithmetic: ArithmeticName,
     activation_ulp: float | None,
 ) -> None:
-    """Replay CERTIFICATE for MODEL (.onnx) and PROPERTIES (.vnnlib), trusting none of them."""
+    """Replay CERTIFICATE for MODEL (.onnx) and PROPERTIES (.vnnlib), trusting none of them.
+
+    A certificate of ``pointwise`` takes the file of examples (.npz, .csv) in place of PROPERTIES.
+    """
     config = CheckConfig(certificate, model, properties, arithmetic, activation_ulp, settings)
     finish(run_check(config), settings.json)

@@ -270,12 +270,11 @@ def command(
     plot: Path | None,
     certificate: Path | None,
 ) -> None:
-    r"""How far around an input is MODEL (.onnx) invertible?
+    """How far around an input is MODEL (.onnx) invertible?
 
     Prints a radius within which nothing collides, what that rests on, and one at which two
     different inputs have exactly the same output.
 
-    \b
     Exit codes: 0 proved that nothing collides up to --radius, 10 a collision was found (the
     radius lies between the two numbers), 20 neither: time over, or a solver's claim only.
     """

@@ -16,7 +16,19 @@ from torch_prepared.errors import InfeasibleEditError, PreparedError
 
 __all__ = ["command_line", "main"]
 
-_COMMANDS = ("edit", "verify", "check", "info", "demo")
+_COMMANDS = (
+    "edit",
+    "verify",
+    "check",
+    "invert",
+    "interpret",
+    "report",
+    "calibrate",
+    "pointwise",
+    "audit",
+    "info",
+    "demo",
+)
 _JSON = "torch_prepared.json"
 
 
@@ -100,9 +112,8 @@ def _where(error: click.ClickException) -> str:
 @click.group(cls=CommandTree, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def command_line() -> None:
-    r"""Change a neural network so that it provably satisfies properties.
+    """Change a neural network so that it provably satisfies properties.
 
-    \b
     Exit codes: 0 proved or certified, 10 refuted (a violating input is printed),
     20 unknown or out of time, 2 bad input or usage, 130 interrupted.
     """

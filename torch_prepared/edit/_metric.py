@@ -27,6 +27,7 @@ from torch_prepared.relax.conv import pad_values, window
 __all__ = ["Metric", "behavior_metric", "euclidean_metric"]
 
 MAX_ROWS = 3000
+FEWEST_DIRECTIONS = 200
 SUBSPACE = 400
 SUBSPACE_ITERATIONS = 4
 DENSE_BYTES = 1 << 30
@@ -268,6 +269,8 @@ def _lead_directions(noise: Tensor, outputs: Tensor, floor: float) -> Tensor:
 
 def _principal(sketch: _Sketch, gram: Tensor, damping: float, count: int) -> _Sketch:
     """The directions that weigh more than a tenth of the damping, when storing them is cheap."""
+    if FEWEST_DIRECTIONS * count > FLAT_ENTRIES:
+        return sketch
     values, vectors = _largest_eigenpairs(gram, NEGLIGIBLE * damping)
     kept = vectors[:, values > NEGLIGIBLE * damping]
     if kept.shape[1] * count > FLAT_ENTRIES:

@@ -1,8 +1,9 @@
 """All layers at once: certified margins raised, then the distance shrunk, by small steps.
 
-*Growth.* The regions grow from their centers to full size. On small regions bounds are tight and
-the edit is nearly that of single points; each size starts from the edit of the one before, so that
-the weights are never driven by the looseness of bounds on a network that is far from provable.
+*Growth.* First the regions are taken whole: quick where it works. Then, in what time is left, they
+grow from their centers to full size. On small regions bounds are tight and the edit is nearly that
+of single points; each size starts from the edit of the one before, so that the weights are never
+driven by the looseness of bounds on a network that is far from provable.
 
 *Restoration*, for one size. At theta with margins v and Jacobian J the step is the smallest one
 that linearly reaches a target,
@@ -54,11 +55,12 @@ logger = logging.getLogger(__name__)
 
 FIRST_GROWTH = 0.25
 LEAST_GROWTH = 0.02
+DIRECT_SHARE = 0.4  #: of the time limit, for regions of full size from the start
 GROWTH_SHARE = 0.5  #: of the time limit; afterwards regions have full size
 SHRINK_SHARE = 0.75  #: of the time limit, when shrinking ends
 RESTORE_STEPS = 15  #: on regions that may grow more slowly
 LAST_RESTORE_STEPS = 200
-SHRINK_STEPS = 5  #: between growths
+SHRINK_STEPS = 3  #: between growths
 LAST_SHRINK_STEPS = 100
 STALE_STEPS, STALE_GAIN = 12, 0.02
 BACKTRACKS = 12
@@ -97,28 +99,34 @@ class SequentialEditor(Editor):
     dampings: tuple[float, ...] = (0.1, 1.0, 0.01)
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
-        search, state = self._grow(problem, deadline)
-        clock = time.monotonic()
-        yield search.candidate(state, "restored")
-        search.reserve = 1.5 * (time.monotonic() - clock)
-        told = state.distance
-        for closer in search.shrink(state, LAST_SHRINK_STEPS):
-            state = closer
-            if state.distance < REPORT_GAIN * told:
-                told = state.distance
-                yield search.candidate(state, "shrunk")
-        if state.distance < told:
-            yield search.candidate(state, "shrunk")
+        direct: tuple[_Search, _State] | None = None
+        try:
+            direct = self._feasible(problem, deadline.share(DIRECT_SHARE), False)
+            yield direct[0].candidate(direct[1], "restored")
+        except InfeasibleEditError as error:
+            logger.info("sequential, regions whole: %s", error)
+        try:
+            search, state = self._feasible(problem, deadline, True)
+        except InfeasibleEditError:
+            if direct is None:
+                raise
+            search, state = direct
+            search.deadline = deadline
+        yield from search.finish(state)
 
-    def _grow(self, problem: EditProblem, deadline: Deadline) -> tuple[_Search, _State]:
+    def _feasible(
+        self, problem: EditProblem, deadline: Deadline, grown: bool
+    ) -> tuple[_Search, _State]:
         """The first feasible point, with the first metric that leads to one."""
-        for number, damping in enumerate(self.dampings, start=1):
+        dampings = self.dampings if grown else self.dampings[:1]
+        for number, damping in enumerate(dampings, start=1):
             search = _Search.start(problem, damping, deadline)
             try:
-                return search, search.grow()
+                steps = LAST_RESTORE_STEPS
+                return search, search.grow() if grown else search.restore(search.origin, steps)
             except InfeasibleEditError as error:
                 logger.info("sequential with damping %g: %s", damping, error)
-                if deadline.over or number == len(self.dampings):
+                if deadline.over or number == len(dampings):
                     raise
         raise InfeasibleEditError("sequential: got no dampings; expected at least one")
 
@@ -156,6 +164,20 @@ class _Search:
         details = {"distance": state.distance, "promised_margin": state.lowest}
         return Candidate(stored, note=note, proofs=proofs, details=details)
 
+    def finish(self, state: _State) -> Iterator[Candidate]:
+        """A feasible point and, as long as it pays, closer ones."""
+        clock = time.monotonic()
+        yield self.candidate(state, "restored")
+        self.reserve = 1.5 * (time.monotonic() - clock)
+        told = state.distance
+        for closer in self.shrink(state, LAST_SHRINK_STEPS):
+            state = closer
+            if state.distance < REPORT_GAIN * told:
+                told = state.distance
+                yield self.candidate(state, "shrunk")
+        if state.distance < told:
+            yield self.candidate(state, "shrunk")
+
     # Growth
 
     def grow(self) -> _State:
@@ -164,7 +186,8 @@ class _Search:
         Raises:
             InfeasibleEditError: no step helps any more, or time is over.
         """
-        full, theta, size, growth = self.margins, self.origin, 0.0, FIRST_GROWTH
+        full, theta, growth = self.margins, self.origin, FIRST_GROWTH
+        size = self._safe_size(full)
         while True:
             if self._late or growth < LEAST_GROWTH:
                 growth = 1.0
@@ -186,6 +209,16 @@ class _Search:
             for closer in self.shrink(state, SHRINK_STEPS):
                 state = closer
             theta, size = state.theta, target
+
+    def _safe_size(self, full: MarginFunction) -> float:
+        """How far regions can grow, in steps, before the original network needs an edit."""
+        size = 0.0
+        while size + FIRST_GROWTH < 1.0:
+            margins = full.on(_scaled(full.batch, size + FIRST_GROWTH))
+            if float(margins.choose(self.origin)[0].min()) < 0.5 * self.aim:
+                break
+            size += FIRST_GROWTH
+        return size
 
     @property
     def _late(self) -> bool:
