@@ -16,17 +16,30 @@ from torch_prepared.solvers._residuals import farkas_gap
 from torch_prepared.solvers._result import Solution, Status
 from torch_prepared.solvers.conic import ConicBackend, ConicSolver
 from torch_prepared.solvers.highs import HighsMethod, HighsSolver
+from torch_prepared.solvers.layer import (
+    BatchReport,
+    LPLayer,
+    OnFailure,
+    ProjectionLayer,
+    project_batch,
+    project_streamed,
+    solve_lp_batch,
+)
 from torch_prepared.solvers.projection import DualProjection, gram_matrix, project
 
 __all__ = [
+    "BatchReport",
     "ConicBackend",
     "ConicSolver",
     "DualProjection",
     "HighsMethod",
     "HighsSolver",
+    "LPLayer",
     "LPSolver",
     "LinearProgram",
     "Norm",
+    "OnFailure",
+    "ProjectionLayer",
     "Solution",
     "Status",
     "farkas_gap",
@@ -34,8 +47,11 @@ __all__ = [
     "gram_matrix",
     "minimize_norm",
     "project",
+    "project_batch",
+    "project_streamed",
     "register_solver",
     "solve",
+    "solve_lp_batch",
     "solver_names",
 ]
 

@@ -16,6 +16,8 @@ __all__ = ["ProximalStep", "interior_point", "kkt_residual"]
 _PIVOT_LIMIT = 40
 _PATIENCE = 8  #: block swaps without progress before giving up
 _CENTRAL_LIMIT = 80  #: interior-point iterations
+_SHORTEST = 1e-4  #: an interior-point step this short is stagnation
+_FREE_SHIFT = 1e-12  #: keeps dependent equality rows definite, relative to a unit diagonal
 
 
 def kkt_residual(gram: Floats, q: Floats, x: Floats) -> float:
@@ -80,51 +82,105 @@ class ProximalStep:
         return change
 
 
-def interior_point(gram: Floats, q: Floats, stop: Callable[[Floats], bool]) -> Floats:
-    """A nearly complementary x > 0 by Mehrotra's predictor-corrector method.
+def interior_point(
+    gram: Tensor,
+    q: Tensor,
+    stop: Callable[[Tensor], Tensor],
+    *,
+    free: Tensor | None = None,
+    rows: Tensor | None = None,
+    accuracy: float = 1e-15,
+) -> Tensor:
+    """Nearly complementary x > 0 of a batch, by Mehrotra's predictor-corrector method.
 
     One factorization of G plus a positive diagonal per iteration, so a singular G needs no ridge.
-    The caller measures the result: iterations end at accuracy, stagnation, or when ``stop(x)``.
+    The caller measures the result: a sample's iterations end at accuracy, stagnation, or when
+    ``stop(x)`` says so, whatever the other samples do.
 
     Args:
-        gram: (m, m) positive semidefinite, of unit diagonal.
-        q: (m,), largest entry 1.
-        stop: asked after each iteration, e.g. whether x has become a ray of infeasibility.
+        gram: (b, m, m) positive semidefinite, of unit diagonal, float64.
+        q: (b, m), largest entry 1.
+        stop: maps x (b, m) to a mask (b,), e.g. whether x has become a ray of infeasibility.
+        free: (m,) mask of entries without sign, whose w is 0 (equality rows); None: none.
+        rows: (b, m, n) with ``G = rows @ rows.T``; speeds up n < m without free entries.
+        accuracy: mean of ``x w`` at which to stop.
+
+    Returns:
+        (b, m) float64.
 
     Source: Mehrotra, "On the implementation of a primal-dual interior point method" (SIAM J.
     Optim. 2, 1992), applied to the quadratic dual.
     """
-    x = np.ones_like(q)
-    w = np.maximum(gram @ x - q, 1.0)
+    system = _Shifted(gram, None if free is not None else rows)
+    signed = torch.ones_like(q[0]) if free is None else (~free).to(q)
+    count = max(float(signed.sum()), 1.0)
+    x = torch.ones_like(q) * signed
+    w = (system.times(x) - q).clamp_min(1.0) * signed
+    moving = torch.ones_like(q[:, 0], dtype=torch.bool)
     for _ in range(_CENTRAL_LIMIT):
-        lack = gram @ x - q - w
-        mean = float(x @ w) / len(x)
-        if mean <= 1e-15 and float(np.abs(lack).max()) <= 1e-13:
+        lack = system.times(x) - q - w
+        mean = (x * w).sum(1) / count
+        moving &= ~((mean <= accuracy) & (lack.abs().amax(1) <= 100.0 * accuracy))
+        if not bool(moving.any()):
             break
-        block = gram.copy()
-        block[np.diag_indices_from(block)] += w / x
-        factor = _factorize(block)
-        if factor is None:
-            break
-        dx, dw = _newton(gram, factor, lack, -w)
-        length = min(_reach(x, dx), _reach(w, dw))
-        ahead = float((x + length * dx) @ (w + length * dw)) / len(x)
-        target = (ahead / mean) ** 3 * mean - dx * dw
-        dx, dw = _newton(gram, factor, lack, target / x - w)
-        length = 0.995 * min(_reach(x, dx), _reach(w, dw))
+        moving &= system.factorize(torch.where(signed > 0, w / x, _FREE_SHIFT))
+        dx, dw = system.newton(lack, -w, signed)
+        length = torch.minimum(_reach(x, dx), _reach(w, dw))[:, None]
+        ahead = ((x + length * dx) * (w + length * dw) * signed).sum(1) / count
+        share = torch.where(mean > 0, ahead / mean, 0.0)
+        target = (share**3 * mean)[:, None] - dx * dw
+        dx, dw = system.newton(lack, torch.where(signed > 0, target / x, 0.0) - w, signed)
+        length = 0.995 * torch.minimum(_reach(x, dx), _reach(w, dw))[:, None]
         x_next, w_next = x + length * dx, w + length * dw
-        if not (bool((x_next > 0).all()) and bool((w_next > 0).all())) or length < 1e-10:
-            break
-        x, w = x_next, w_next
-        if stop(x):
-            break
+        inside = ((x_next > 0) & (w_next > 0) | (signed == 0)).all(1)
+        moving &= inside & (length[:, 0] >= _SHORTEST) & x_next.isfinite().all(1)
+        x = torch.where(moving[:, None], x_next, x)
+        w = torch.where(moving[:, None], w_next, w)
+        moving &= ~stop(x)
     return x
 
 
-def _newton(gram: Floats, factor: Tensor, lack: Floats, pull: Floats) -> tuple[Floats, Floats]:
-    """Changes of x and w from the factored G + diag(w / x)."""
-    dx = _solve(factor, pull - lack)
-    return dx, gram @ dx + lack
+class _Shifted:
+    """``G + diag(shift)``, factored in whichever of its two sizes, m or n, is smaller."""
+
+    def __init__(self, gram: Tensor, rows: Tensor | None) -> None:
+        self.gram = gram
+        self.rows = None if rows is None or rows.shape[2] >= rows.shape[1] else rows
+
+    def times(self, x: Tensor) -> Tensor:
+        """``G x``, (b, m)."""
+        if self.rows is None:
+            return (self.gram @ x[:, :, None])[:, :, 0]
+        return (self.rows @ (self.rows.mT @ x[:, :, None]))[:, :, 0]
+
+    def factorize(self, shift: Tensor) -> Tensor:
+        """Factor; returns which samples it worked for, (b,)."""
+        self.shift = shift
+        if self.rows is None:
+            block = self.gram + torch.diag_embed(shift)
+        else:  # Woodbury: a system in the n columns
+            block = self.rows.mT @ (self.rows / shift[:, :, None])
+            block.diagonal(dim1=1, dim2=2).add_(1.0)
+        self.factor, info = torch.linalg.cholesky_ex(block)
+        worked: Tensor = info == 0
+        return worked
+
+    def newton(self, lack: Tensor, pull: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes of x and w."""
+        rhs = pull - lack
+        dx = self._solve(rhs)
+        if self.rows is not None:  # Woodbury cancels; one round of refinement repairs it
+            dx = dx + self._solve(rhs - self.times(dx) - self.shift * dx)
+        return dx, (self.times(dx) + lack) * signed
+
+    def _solve(self, rhs: Tensor) -> Tensor:
+        if self.rows is None:
+            dx: Tensor = torch.cholesky_solve(rhs[:, :, None], self.factor)[:, :, 0]
+            return dx
+        plain = rhs / self.shift
+        inner = torch.cholesky_solve(self.rows.mT @ plain[:, :, None], self.factor)
+        solution: Tensor = plain - (self.rows @ inner)[:, :, 0] / self.shift
+        return solution
 
 
 def _factorize(block: Floats) -> Tensor | None:
@@ -138,7 +194,7 @@ def _solve(factor: Tensor, rhs: Floats) -> Floats:
     return solution
 
 
-def _reach(value: Floats, change: Floats) -> float:
-    """Longest step, at most 1, that keeps ``value + step * change`` nonnegative."""
-    falling = change < 0
-    return min(1.0, float((-value[falling] / change[falling]).min(initial=np.inf)))
+def _reach(value: Tensor, change: Tensor) -> Tensor:
+    """Longest step, at most 1, that keeps positive entries of ``value`` nonnegative, (b,)."""
+    ratio = torch.where((change < 0) & (value > 0), -value / change, 1.0)
+    return ratio.amin(1).clamp_max(1.0)

@@ -66,16 +66,16 @@ class DualProjection:
 def gram_matrix(
     jacobian: Tensor, inverse_metric: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """``J M^{-1} J^T``, (m, m), in float64, made exactly symmetric.
+    """``J M^{-1} J^T``, (m, m) or (b, m, m), in float64, made exactly symmetric.
 
     Args:
-        jacobian: (m, p), any floating dtype and device.
-        inverse_metric: maps (m, p) to ``J M^{-1}`` row by row; the identity when None.
+        jacobian: (m, p), or a batch (b, m, p); any floating dtype and device.
+        inverse_metric: maps it to ``J M^{-1}`` row by row; the identity when None.
     """
     rows = jacobian.detach().to(torch.float64)
     other = rows if inverse_metric is None else inverse_metric(rows)
-    gram = rows @ other.to(torch.float64).T
-    return 0.5 * (gram + gram.T)
+    gram = rows @ other.to(torch.float64).mT
+    return 0.5 * (gram + gram.mT)
 
 
 def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
@@ -153,7 +153,11 @@ def _solve_unit(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats 
     first = _refine(gram, q, start, q > 0)
     if first[1] is not Status.UNKNOWN:
         return first
-    slow = interior_point(gram, q, lambda point: _is_ray(gram, q, point))
+    slow = interior_point(
+        torch.from_numpy(gram)[None],
+        torch.from_numpy(q)[None],
+        lambda point: torch.tensor([_is_ray(gram, q, point[0].numpy())]),
+    )[0].numpy()
     if _is_ray(gram, q, slow):
         return start, Status.INFEASIBLE, 1.0, slow / slow.max()
     second = _refine(gram, q, slow, slow > gram @ slow - q)

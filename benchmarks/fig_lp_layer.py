@@ -1,0 +1,195 @@
+"""Differentiable projections and 1-norm programs: ours against cvxpylayers' backends and qpth.
+
+``python -m benchmarks.fig_lp_layer run [--limit 30] [--threads 1] [--smoke]`` writes
+``benchmarks/results/lp_layer.json`` after every case and continues where it stopped; ``... plot``
+draws it from the JSON alone. A case is a kind (``projection``: nearest point in the 2-norm;
+``l1``: in the 1-norm), a size n x m with dense rows of their own for every sample, a batch and a
+method; it runs in its own process under a limit of wall time. A peer that reached the limit, or
+failed, with the same n and no larger m and batch is not run again: such rows say so. Peers use
+their default accuracy and derivative and two worker threads; building their problem is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks._common import FIGURES, RESULTS, SCHEMA, environment, settings_digest, write_json
+from benchmarks._lp_layer_case import Case
+from benchmarks._process import run_limited
+
+KINDS = ("projection", "l1")
+METHODS = ("ours", "scs", "ecos", "clarabel", "qpth")  #: SCS is the default of cvxpylayers
+COLUMNS, ROWS = (50, 500, 2000, 20000), (20, 200, 1000)
+BATCHES = (32, 1, 256)  #: the batch that matters most first
+LARGEST_INPUT = 0.7e9  #: bytes of rows in float64
+MEMORY = 24 * 2**30
+Row = dict[str, object]
+
+
+def cases(threads: int, smoke: bool) -> Iterator[Case]:
+    """All cases, peers of a size right after ours."""
+    grid = itertools.product(BATCHES, KINDS, COLUMNS, ROWS)
+    if smoke:
+        grid = itertools.product((2,), KINDS, (20,), (5,))
+    for batch, kind, n, m in grid:
+        for method in METHODS:
+            if method != "qpth" or kind == "projection":
+                yield Case(kind, method, n, m, batch, threads)
+
+
+def _hopeless(case: Case, rows: list[Row]) -> str | None:
+    """Why a case is not worth running, if so."""
+    if 8.0 * case.n * case.m * case.batch > LARGEST_INPUT:
+        return f"not run: rows of {8e-9 * case.n * case.m * case.batch:.1f} GB"
+    if case.method == "qpth" and importlib.util.find_spec("qpth") is None:
+        return "not installed"
+    for row in rows:
+        same = row["kind"] == case.kind and row["method"] == case.method
+        ended = row["outcome"] in ("timeout", "failed")
+        smaller = row["n"] == case.n
+        smaller &= all(int(str(row[key])) <= getattr(case, key) for key in ("m", "batch"))
+        if same and ended and smaller and case.method != "ours":
+            size = f"{row['n']} x {row['m']}, batch {row['batch']}"
+            return f"not run: {row['outcome']} at {size}"
+    return None
+
+
+def run_one(case: Case, limit: float, rows: list[Row]) -> Row:
+    """A row of results; failures are rows too."""
+    head: Row = {**asdict(case), "limit": limit}
+    reason = _hopeless(case, rows)
+    if reason is not None:
+        return {**head, "outcome": "skipped", "reason": reason}
+    command = [sys.executable, "-m", "benchmarks._lp_layer_case", json.dumps(asdict(case))]
+    threads = {"OMP_NUM_THREADS": str(case.threads), "OPENBLAS_NUM_THREADS": str(case.threads)}
+    # Ours is followed by two solves for the gradient check, so it gets more wall time.
+    allowed = 4 * limit if case.method == "ours" else limit
+    done = run_limited(command, seconds=allowed, memory=MEMORY, environment=threads)
+    if done.outcome == "interrupted":
+        raise KeyboardInterrupt
+    if done.outcome == "timeout":
+        return {**head, "outcome": "timeout", "reason": f"over {allowed:g} s of wall time"}
+    if done.code != 0:
+        return {**head, "outcome": "failed", "reason": done.stderr.strip().splitlines()[-1:]}
+    return {**head, "outcome": "done", **json.loads(done.stdout.splitlines()[-1])}
+
+
+def run(limit: float, threads: int, smoke: bool, output: Path, fresh: bool) -> None:
+    """Run what is missing and write the file after every case."""
+    settings = {"limit": limit, "threads": threads, "seed": 0, "input_limit": LARGEST_INPUT}
+    digest = settings_digest(settings)
+    rows: list[Row] = []
+    if output.exists() and not fresh:
+        before = json.loads(output.read_text())
+        rows = before["rows"] if before.get("digest") == digest else []
+    known = {tuple(row[key] for key in ("kind", "method", "n", "m", "batch")) for row in rows}
+    for case in cases(threads, smoke):
+        if (case.kind, case.method, case.n, case.m, case.batch) in known:
+            continue
+        row = run_one(case, limit, rows)
+        rows.append({**row, "load": os.getloadavg()[0]})
+        record = {
+            "schema": SCHEMA, **environment(), "dtype": "float64", "seed": 0, "digest": digest,
+            "parameters": settings, "smoke": smoke, "rows": rows,
+        }  # fmt: skip
+        write_json(output, record)
+        shown = {k: row[k] for k in ("forward", "backward", "violation", "gradient_error", "reason")
+                 if k in row}  # fmt: skip
+        print(
+            case.kind, case.method, f"{case.n}x{case.m}", f"batch {case.batch}", shown, flush=True
+        )
+    print(f"wrote {output}")
+
+
+def speedups(rows: list[Row]) -> list[tuple[str, int, int, int, float, bool]]:
+    """Kind, n, m, batch, time of the best peer over ours, and whether that is only a bound.
+
+    Where no peer finished, the limit stands for its time and the ratio is a lower bound.
+    """
+    found = []
+    key = ("kind", "n", "m", "batch")
+    for ours in rows:
+        if ours["method"] != "ours" or ours["outcome"] != "done":
+            continue
+        peers = [r for r in rows if r["method"] != "ours" and all(r[k] == ours[k] for k in key)]
+        times = [_seconds(r) for r in peers if r["outcome"] == "done"]
+        best = min(times, default=float(str(ours["limit"])))
+        kind, n, m, batch = (ours[k] for k in key)
+        ratio = best / _seconds(ours)
+        found.append((str(kind), int(str(n)), int(str(m)), int(str(batch)), ratio, not times))
+    return found
+
+
+def _seconds(row: Row) -> float:
+    return float(str(row["forward"])) + float(str(row["backward"]))
+
+
+def plot(source: Path, figure: Path) -> None:
+    """Draw seconds by size for batch 32 and the speed-up over the best peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    record = json.loads(source.read_text())
+    rows = record["rows"]
+    batch = 32 if any(r["batch"] == 32 for r in rows) else rows[0]["batch"]
+    drawing, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    for panel, kind in zip(panels, KINDS, strict=True):
+        chosen = [r for r in rows if r["kind"] == kind and r["batch"] == batch]
+        sizes = sorted({(r["n"], r["m"]) for r in chosen if r["outcome"] == "done"})
+        for method in METHODS:
+            points = [
+                (sizes.index((r["n"], r["m"])), _seconds(r))
+                for r in chosen
+                if r["method"] == method and r["outcome"] == "done"
+            ]
+            if points:
+                marker = "o-" if method == "ours" else "s"
+                panel.semilogy(*zip(*sorted(points), strict=True), marker, label=method)
+        for name, n, m, b, ratio, bound in speedups(rows):
+            if name == kind and b == batch:
+                text = f"{'>' if bound else ''}{ratio:.0f}x"
+                panel.annotate(text, (sizes.index((n, m)), 1e-3), ha="center", fontsize=8)
+        panel.axhline(record["parameters"]["limit"], color="gray", linestyle=":")
+        panel.set_xticks(range(len(sizes)), [f"{n}x{m}" for n, m in sizes], rotation=45)
+        panel.set_title(f"{kind}, batch {batch}; below: best peer / ours")
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("seconds, forward + backward")
+    title = f"{record['device']}, {record['parameters']['threads']} thread(s); dotted: limit"
+    drawing.suptitle(title, fontsize=9)
+    drawing.tight_layout()
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(figure, dpi=150)
+    print(f"wrote {figure}")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds per case")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
+    parser.add_argument("--fresh", action="store_true", help="run finished cases again")
+    parser.add_argument("--output", type=Path, help="JSON file to write or read")
+    parser.add_argument("--figure", type=Path, help="picture to write")
+    options = parser.parse_args()
+    name = "lp_layer_smoke.json" if options.smoke else "lp_layer.json"
+    output = options.output or RESULTS / name
+    if options.command != "plot":
+        run(options.limit, options.threads, options.smoke, output, options.fresh)
+    if options.command != "run":
+        plot(output, options.figure or FIGURES / f"{output.stem}.png")
+
+
+if __name__ == "__main__":
+    main()
