@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 FIRST_GROWTH = 0.25
 LEAST_GROWTH = 0.02
 DIRECT_SHARE = 0.4  #: of the time limit, for regions of full size from the start
+QUICK_SHARE = 0.015  #: of the time limit; where gradients take longer, growing is hopeless
 GROWTH_SHARE = 0.5  #: of the time limit; afterwards regions have full size
 SHRINK_SHARE = 0.75  #: of the time limit, when shrinking ends
 RESTORE_STEPS = 15  #: on regions that may grow more slowly
@@ -101,7 +102,7 @@ class SequentialEditor(Editor):
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
         direct: tuple[_Search, _State] | None = None
         try:
-            direct = self._feasible(problem, deadline.share(DIRECT_SHARE), False)
+            direct = self._feasible(problem, deadline, False)
             yield direct[0].candidate(direct[1], "restored")
         except InfeasibleEditError as error:
             logger.info("sequential, regions whole: %s", error)
@@ -111,7 +112,6 @@ class SequentialEditor(Editor):
             if direct is None:
                 raise
             search, state = direct
-            search.deadline = deadline
         yield from search.finish(state)
 
     def _feasible(
@@ -122,8 +122,7 @@ class SequentialEditor(Editor):
         for number, damping in enumerate(dampings, start=1):
             search = _Search.start(problem, damping, deadline)
             try:
-                steps = LAST_RESTORE_STEPS
-                return search, search.grow() if grown else search.restore(search.origin, steps)
+                return search, search.grow() if grown else search.leap()
             except InfeasibleEditError as error:
                 logger.info("sequential with damping %g: %s", damping, error)
                 if deadline.over or number == len(dampings):
@@ -140,6 +139,8 @@ class _Search:
     aim: float
     deadline: Deadline
     gradient_seconds: float = 0.0
+    pass_seconds: float = 0.0
+    patience: float = 1.0
     reserve: float = 0.0
 
     @classmethod
@@ -177,6 +178,26 @@ class _Search:
                 yield self.candidate(state, "shrunk")
         if state.distance < told:
             yield self.candidate(state, "shrunk")
+
+    def leap(self) -> _State:
+        """A feasible point for the full regions at once, given up where growing may do better.
+
+        Raises:
+            InfeasibleEditError: no step helps any more, or it takes too long.
+        """
+        self.patience = DIRECT_SHARE
+        state = self.restore(self.origin, LAST_RESTORE_STEPS)
+        self.patience = 1.0
+        return state
+
+    @property
+    def _impatient(self) -> bool:
+        """Whether time is over, or better spent on growing, which takes many passes."""
+        limit = self.deadline.seconds
+        if limit is None or self.deadline.over:
+            return self.deadline.over
+        quick = self.pass_seconds < QUICK_SHARE * limit
+        return quick and self.deadline.elapsed > self.patience * limit
 
     # Growth
 
@@ -238,12 +259,14 @@ class _Search:
         for step in range(steps):
             if state.lowest >= 0.5 * self.aim:
                 return state
+            if self._impatient:
+                break
             logger.debug("restore %d: lowest margin %g", step, state.lowest)
             bundle.add(self._linearize(state), state.theta, replace=True)
             state, caution = self._restore_once(state, bundle, caution)
         if state.lowest >= 0.5 * self.aim:
             return state
-        raise InfeasibleEditError(f"lowest margin still {state.lowest:g} after {steps} steps")
+        raise InfeasibleEditError(f"lowest margin still {state.lowest:g} when time was over")
 
     def _restore_once(self, state: _State, bundle: Bundle, caution: float) -> tuple[_State, float]:
         value = state.value[bundle.index]
@@ -343,7 +366,8 @@ class _Search:
         rows = rows if len(rows) else order[:1]
         clock = time.monotonic()
         line = self.margins.linearize(state.theta, state.slopes, value, rows)
-        self.gradient_seconds = (time.monotonic() - clock) / max(len(rows), 1)
+        self.pass_seconds = time.monotonic() - clock
+        self.gradient_seconds = self.pass_seconds / max(len(rows), 1)
         return line
 
 
