@@ -77,7 +77,7 @@ def test_leaves_always_cover_the_region_and_coarsening_keeps_the_proof() -> None
     assert finer.proved
     assert len(finer.leaves) <= before
     assert bool(covered(finer, x).all())
-    proof = tree_proof(finer, graph)
+    proof = tree_proof(finer, engine, graph)
     assert certify_network(graph, [prop], [proof], {}).check.status is Verdict.CERTIFIED
 
 

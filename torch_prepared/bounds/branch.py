@@ -12,14 +12,14 @@ bound, follows Wang et al., "Formal Security Analysis of Neural Networks using S
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_prepared.bounds._leaf import LEVELS, LeafBounds, LeafEngine, SlopedEngine
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval
@@ -27,22 +27,13 @@ from torch_prepared.core.interval import Interval
 __all__ = ["LeafBounds", "LeafEngine", "SplitTree"]
 
 FIRST_CAPACITY = 1024
-_ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis")
+_ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis", "_row", "_slot")
 DETACHED = -2  #: split axis of nodes that are no longer part of the tree
+FIRST_REACH = 0.1  #: share of the nodes of the first round that are searched
+FEWEST = 1000  #: nodes of a round from which slopes are searched
+FRUITFUL, VAIN = 0.4, 0.25  #: shares of successful searches that widen or narrow their reach
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class LeafBounds:
-    """Bounds of output rows over boxes: ``values`` (b, s) and the input rows (b, s, n) behind."""
-
-    values: Tensor
-    inputs: Tensor
-
-
-LeafEngine = Callable[[Interval], LeafBounds]
-"""Bounds every output row of one property over each of a batch of boxes (b, n)."""
 
 
 class SplitTree:
@@ -52,9 +43,12 @@ class SplitTree:
         batch: exactly one property.
         slack: a leaf counts as proved when every clause has a row above this; positive, to leave
             room for rounding in the engine and in the checker's own arithmetic.
+        first_search: slopes are optimized from the first round on in which so many nodes fail.
     """
 
-    def __init__(self, batch: PropertyBatch, slack: float = 0.0) -> None:
+    def __init__(
+        self, batch: PropertyBatch, slack: float = 0.0, first_search: int = FEWEST
+    ) -> None:
         self.batch = batch
         self.slack = slack
         n, k = batch.regions.lower.shape[1], batch.present.shape[1]
@@ -68,6 +62,12 @@ class SplitTree:
         self._rows = np.zeros((FIRST_CAPACITY, k), dtype=np.int64)
         self._margin = np.full(FIRST_CAPACITY, -np.inf)
         self._axis = np.zeros(FIRST_CAPACITY, dtype=np.int64)
+        self._row = np.zeros(FIRST_CAPACITY, dtype=np.int64)
+        self._slot = np.full(FIRST_CAPACITY, -1, dtype=np.int64)
+        self._slopes = np.zeros((0, 0), dtype=np.uint8)
+        self._slots = 0
+        self._reach: float | None = None
+        self._first_search = first_search
 
     @property
     def leaves(self) -> Integers:
@@ -107,21 +107,74 @@ class SplitTree:
         for part in np.array_split(leaves, max(1, -(-len(leaves) // chunk))):
             if not len(part):
                 continue
-            box = self.boxes(part)
-            found = engine(box)
-            batch = _repeat(self.batch, len(part))
-            values = found.values.double().cpu() + batch.offset
-            margin = batch.margins(values)
-            margin[torch.isnan(values).any(dim=1)] = -torch.inf
-            rows = batch.best_rows(values)
-            worst = batch.clause_margins(values).argmin(dim=1)
-            row = rows.gather(1, worst[:, None])
-            lines = found.inputs[torch.arange(len(part)), row[:, 0]].abs().double().cpu()
-            width = box.width
-            gain = torch.where(width > 0, lines * width + 1e-12 * width, -1.0)
-            self._margin[part] = margin.numpy()
-            self._rows[part] = rows.numpy()
-            self._axis[part] = gain.argmax(dim=1).numpy()
+            own = self._slot[part] >= 0
+            if not isinstance(engine, SlopedEngine) or not own.any():
+                self._note(part, engine(self.boxes(part)))
+                continue
+            if not own.all():
+                self._note(part[~own], engine(self.boxes(part[~own])))
+            part = part[own]
+            self._note(part, engine.slopes.bound(self.boxes(part), self.shares(part)))
+
+    def _note(self, part: Integers, found: LeafBounds) -> None:
+        """Remember what is known of nodes."""
+        batch = _repeat(self.batch, len(part))
+        values = found.values.double().cpu() + batch.offset
+        margin = batch.margins(values)
+        margin[torch.isnan(values).any(dim=1)] = -torch.inf
+        rows = batch.best_rows(values)
+        worst = batch.clause_margins(values).argmin(dim=1)
+        row = rows.gather(1, worst[:, None])[:, 0]
+        lines = found.inputs[torch.arange(len(part)), row].abs().double().cpu()
+        width = self.boxes(part).width
+        gain = torch.where(width > 0, lines * width + 1e-12 * width, -1.0)
+        self._margin[part] = margin.numpy()
+        self._rows[part] = rows.numpy()
+        self._row[part] = row.numpy()
+        self._axis[part] = gain.argmax(dim=1).numpy()
+
+    def search(self, engine: SlopedEngine, nodes: Integers, spare: float) -> None:
+        """Optimize the slopes of nodes that were bounded; worse ones are forgotten."""
+        if not len(nodes):
+            return
+        before = self._margin[nodes]
+        row = torch.from_numpy(self._row[nodes])
+        enough = self.slack + spare - self.batch.offset[0].double().cpu()[row]
+        box = self.boxes(nodes)
+        found = engine.slopes.search(box, self.shares(nodes, engine.slopes.size), row, enough)
+        old = self._slot[nodes]
+        self._slot[nodes] = self._store(found)
+        self.bound(engine, nodes, len(nodes))
+        worse = ~(self._margin[nodes] > before)
+        if worse.any():
+            self._slot[nodes[worse]] = old[worse]
+            self.bound(engine, nodes[worse], len(nodes))
+
+    def _store(self, slopes: Tensor) -> Integers:
+        """Slots for slopes (b, h), multiples of 1 / LEVELS."""
+        fresh = (slopes * LEVELS).round().to(torch.uint8).cpu().numpy()
+        first, self._slots = self._slots, self._slots + len(fresh)
+        if self._slots > len(self._slopes):
+            more = np.zeros((max(FIRST_CAPACITY, 2 * self._slots), fresh.shape[1]), np.uint8)
+            if first:
+                more[:first] = self._slopes[:first]
+            self._slopes = more
+        self._slopes[first : self._slots] = fresh
+        return np.arange(first, self._slots)
+
+    def shares(self, nodes: Integers, size: int = 0) -> Tensor:
+        """Relaxation slopes (b, size) of nodes; negative where the engine chooses them."""
+        slots = self._slot[nodes]
+        if not self._slots:
+            return torch.full((len(nodes), size), -1.0)
+        shares = torch.from_numpy(self._slopes[slots]).float() / LEVELS
+        shares[torch.from_numpy(slots < 0)] = -1.0
+        return shares
+
+    @property
+    def has_slopes(self) -> bool:
+        """Whether any leaf has slopes of its own."""
+        return bool((self._slot[self.leaves] >= 0).any())
 
     def split(self, leaves: Integers) -> Integers:
         """Halve leaves along their axes; returns the children that could be made."""
@@ -141,6 +194,7 @@ class SplitTree:
             array[side], kept[side] = array[leaves], kept[leaves]
             array[side, axis] = middle
             self._dim[side], self._margin[side] = -1, -np.inf
+            self._slot[side] = -1
         return np.concatenate([left, left + 1])
 
     def copy(self) -> SplitTree:
@@ -148,6 +202,7 @@ class SplitTree:
         other = copy.copy(self)
         for name in _ARRAYS:
             setattr(other, name, getattr(self, name)[: self.count].copy())
+        other._slopes = self._slopes[: self._slots].copy()
         return other
 
     def coarsen(self, engine: LeafEngine, chunk: int = 4096) -> None:
@@ -218,8 +273,32 @@ class SplitTree:
             self.bound(engine, part, chunk)
             done += len(part)
             failing = part[~(self._margin[part] > wanted)]
+            if isinstance(engine, SlopedEngine) and len(failing):
+                failing = self._search_near(engine, failing, spare)
             queue = np.concatenate([queue, self.split(failing)])
             yield len(part), failing
+
+    def _search_near(self, engine: SlopedEngine, failing: Integers, spare: float) -> Integers:
+        """Optimize slopes where that promises to prove; those that still fail.
+
+        What promises is learned: the reach, by how much a margin may fall short, grows while the
+        farther half of what was searched is often proved, and shrinks while it seldom is.
+        """
+        wanted = self.slack + spare
+        lack = wanted - self._margin[failing]
+        if self._reach is None:
+            if len(failing) < self._first_search:
+                return failing
+            self._reach = float(np.quantile(lack, FIRST_REACH))
+        near = lack <= self._reach
+        far = near & (lack > 0.5 * self._reach)
+        self.search(engine, failing[near], spare)
+        proved = self._margin[failing] > wanted
+        if not near.any() or (far.any() and proved[far].mean() > FRUITFUL):
+            self._reach *= 2.0
+        elif not far.any() or proved[far].mean() < VAIN:
+            self._reach *= 0.5
+        return failing[~proved]
 
     def _reserve(self, extra: int) -> None:
         self.count += extra

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared import ops
-from torch_prepared.bounds.branch import LeafBounds
+from torch_prepared.bounds._leaf import LeafBounds
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rounding import outward

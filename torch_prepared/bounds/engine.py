@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from torch_prepared import ops
+from torch_prepared.bounds._leaf import LeafBounds, LeafEngine, SlopedEngine
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._regions import RegionBatch
-from torch_prepared.bounds.branch import LeafBounds, LeafEngine
 from torch_prepared.bounds.chain import Chain
 from torch_prepared.bounds.crown import DEFAULT_MEMORY, bound_nodes, bound_rows
+from torch_prepared.bounds.shared_slopes import SharedSlopes
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rounding import outward
@@ -49,9 +50,13 @@ def leaf_engine(
     chain = None
     if ops.build_info().native and changed.device.type == "cpu":
         chain = Chain.of(changed)
-    if chain is not None:
-        return chain_engine(chain, batch)
-    return general_engine(changed, batch, max_memory=max_memory)
+    plain = (
+        general_engine(changed, batch, max_memory=max_memory)
+        if chain is None
+        else chain_engine(chain, batch)
+    )
+    sloped = SharedSlopes.of(changed, batch)
+    return plain if sloped is None else SlopedEngine(plain, sloped)
 
 
 def chain_engine(chain: Chain, batch: PropertyBatch) -> LeafEngine:

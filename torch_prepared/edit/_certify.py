@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,18 @@ import torch
 from torch import Tensor
 
 from torch_prepared.bounds import PropertyBatch, bound_nodes, bound_rows
+from torch_prepared.bounds._leaf import LeafEngine, SlopedEngine
 from torch_prepared.bounds.branch import SplitTree
 from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.bounds.engine import leaf_engine
-from torch_prepared.certify import Certificate, CheckResult, ProofTree, Verdict, check_certificate
+from torch_prepared.certify import (
+    Certificate,
+    CheckResult,
+    ProofTree,
+    Slopes,
+    Verdict,
+    check_certificate,
+)
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.relax import evaluate_graph
@@ -88,16 +97,31 @@ def prove(
     return [tree or plain for tree, plain in zip(found, first, strict=True)], margins
 
 
-def tree_proof(tree: SplitTree, graph: Graph) -> ProofTree:
-    """A split tree as the checker reads it, every leaf tightened."""
+def tree_proof(tree: SplitTree, engine: LeafEngine, graph: Graph) -> ProofTree:
+    """A split tree as the checker reads it, every leaf tightened.
+
+    Args:
+        tree: every leaf proved.
+        engine: what proved them; writes out the slopes of leaves where any has its own.
+        graph: the network, for the names of its values.
+    """
     dim, value, left, right, rows = tree.links()
     sizes = np.bincount(tree.batch.clause[0].numpy(), minlength=rows.shape[1])
     starts = np.cumsum(sizes) - sizes
     box = tree.batch.regions.is_box
-    proof, _ = ProofTree.from_links(
+    proof, nodes = ProofTree.from_links(
         dim, value, left, right, rows - starts, plan=tightened_names(graph, box)
     )
-    return proof
+    if not isinstance(engine, SlopedEngine) or not tree.has_slopes:
+        return proof
+    leaves = nodes[proof.split_dim < 0]
+    lines: dict[str, list[Tensor]] = {}
+    for part in np.array_split(leaves, -(-len(leaves) // 4096)):
+        shares = engine.slopes.chosen(tree.boxes(part), tree.shares(part, engine.slopes.size))
+        for name, line in engine.slopes.lower_lines(shares).items():
+            lines.setdefault(name, []).append(line)
+    slopes = {name: Slopes(lower=torch.cat(parts).float().numpy()) for name, parts in lines.items()}
+    return dataclasses.replace(proof, slopes=slopes, tighten_slopes=slopes)
 
 
 def prove_by_splitting(
@@ -137,7 +161,7 @@ def prove_by_splitting(
             logger.debug("%s: %d nodes", prop.name, tree.count)
         if not tree.proved:
             return None, None
-    return tree_proof(tree, graph), None
+    return tree_proof(tree, engine, graph), None
 
 
 def certify_network(

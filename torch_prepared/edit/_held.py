@@ -27,6 +27,7 @@ def bound_held_nodes(
     regions: RegionBatch,
     parameters: Mapping[str, Tensor],
     alphas: Mapping[str, Tensor],
+    every: bool = False,
 ) -> dict[str, Interval]:
     """An interval (b, *shape) for every node, differentiable in parameters and slopes.
 
@@ -35,6 +36,7 @@ def bound_held_nodes(
         regions: b input sets.
         parameters: tensors that replace the graph's own.
         alphas: relaxation parameters by node, (b, 1, *input shape), in [0, 1].
+        every: tighten stable scalars too, as in ``bounds.bound_nodes``.
 
     Soundness: as ``bounds.bound_nodes``; every slope in [0, 1] gives a valid relaxation.
     """
@@ -48,7 +50,8 @@ def bound_held_nodes(
     for name in names:
         if name not in known:
             boxes = bound_nodes(graph, regions, parameters=parameters, tighten=False, known=known)
-            known[name] = _tighten(graph, regions, boxes, graph.node(name), parameters, alphas)
+            node = graph.node(name)
+            known[name] = _tighten(graph, regions, boxes, node, parameters, alphas, every)
     return bound_nodes(graph, regions, parameters=parameters, tighten=False, known=known)
 
 
@@ -68,12 +71,17 @@ def _tighten(
     node: Node,
     parameters: Mapping[str, Tensor],
     alphas: Mapping[str, Tensor],
+    every: bool,
 ) -> Interval:
     """The interval of a value with backward bounds where some reader is nonlinear on it."""
     box = boxes[node.name]
     lower, upper = box.lower.flatten(1), box.upper.flatten(1)
-    contested = _contested(graph, node, box)
-    columns = contested.any(dim=0).nonzero().flatten()
+    if every:
+        contested = torch.ones_like(lower, dtype=torch.bool)
+        columns = torch.arange(node.size, device=lower.device)
+    else:
+        contested = _contested(graph, node, box)
+        columns = contested.any(dim=0).nonzero().flatten()
     widest = max(n.size for n in graph.nodes)
     chunk = max(1, DEFAULT_MEMORY // (8 * len(regions) * widest * lower.element_size()))
     for part in columns.split(chunk):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch_prepared.bounds import PropertyBatch, RegionBatch, bound_nodes, bound
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
 from torch_prepared.edit._certify import LOW_DIMENSION
+from torch_prepared.edit._held import bound_held_nodes
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import InputSet
@@ -45,20 +47,31 @@ class PropertyRows:
         single = lambda t, x: self._point_margins(t, x[None])[0]  # noqa: E731 vmapped below
         return vmap(grad_and_value(single), (None, 0), chunk_size=self._chunk())(theta, points)
 
-    def leaf_rows(self, theta: Tensor, boxes: Interval) -> tuple[Tensor, Tensor]:
-        """Gradients (q, p) and CROWN margins (q,) over boxes (q, n)."""
+    def leaf_rows(
+        self, theta: Tensor, boxes: Interval, alphas: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients (q, p) and certified margins (q,) over boxes.
 
-        def single(t: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-            region = RegionBatch(lower[None], upper[None])
-            changed = self.vector.split(t)
-            known = bound_nodes(self.graph, region, parameters=changed, every=True)
+        Args:
+            theta: (p,) the weights.
+            boxes: (q, n).
+            alphas: relaxation slopes by node, (q, *input shape), held fixed; None: CROWN's.
+        """
+
+        def single(t: Tensor, lower: Tensor, upper: Tensor, own: dict[str, Tensor]) -> Tensor:
+            region, changed = RegionBatch(lower[None], upper[None]), self.vector.split(t)
+            given = {name: value[None, None] for name, value in own.items()} or None
+            if given is None:
+                known = bound_nodes(self.graph, region, parameters=changed, every=True)
+            else:
+                known = bound_held_nodes(self.graph, region, changed, given, every=True)
             values = bound_rows(
-                self.graph, region, known, self.batch.rows, parameters=changed
+                self.graph, region, known, self.batch.rows, parameters=changed, alphas=given
             ).lower
             return self.batch.margins(values + self.batch.offset)[0]
 
-        rows = vmap(grad_and_value(single), (None, 0, 0), chunk_size=self._chunk())
-        return rows(theta, boxes.lower, boxes.upper)
+        rows = vmap(grad_and_value(single), (None, 0, 0, 0), chunk_size=self._chunk())
+        return rows(theta, boxes.lower, boxes.upper, dict(alphas or {}))
 
     def _point_margins(self, theta: Tensor, points: Tensor) -> Tensor:
         y = evaluate_graph(self.graph, points, self.vector.split(theta)).flatten(1)

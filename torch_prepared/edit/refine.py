@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_prepared.bounds.branch import LeafEngine, SplitTree
+from torch_prepared.bounds._leaf import LeafEngine, SlopedEngine
+from torch_prepared.bounds.branch import SplitTree
 from torch_prepared.bounds.engine import leaf_engine
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
@@ -129,7 +130,12 @@ class _Refinement:
         return Candidate(
             self.walk.stored(),
             note=f"{self._leaf_count()} leaves",
-            proofs=tuple(tree_proof(tree, self.walk.problem.exact) for tree in self.trees),
+            proofs=tuple(
+                tree_proof(tree, engine, self.walk.problem.exact)
+                for tree, engine in zip(
+                    self.trees, self._engines(self.walk.problem.exact), strict=True
+                )
+            ),
             details={"distance": self.walk.distance()},
         )
 
@@ -331,7 +337,8 @@ class _Refinement:
         theta = self.walk.theta
         found, values = [theta.new_zeros(0, len(theta))], [theta.new_zeros(0)]
         share = max(20, LEAF_ROWS // len(self.trees))
-        for tree, rows, leaves in zip(self.trees, self.rows, opened, strict=True):
+        engines = self._engines(self.walk.problem.exact)
+        for tree, engine, rows, leaves in zip(self.trees, engines, self.rows, opened, strict=True):
             margins = tree.margins(leaves)
             if not len(leaves):
                 continue
@@ -340,7 +347,12 @@ class _Refinement:
             order = np.argsort(margins)
             if not worst:
                 order = torch.randperm(len(leaves), generator=self.generator).numpy()
-            jacobian, value = rows.leaf_rows(theta, tree.boxes(leaves[order[:share]]))
+            chosen = leaves[order[:share]]
+            boxes, alphas = tree.boxes(chosen), None
+            if isinstance(engine, SlopedEngine):
+                slopes = engine.slopes.chosen(boxes, tree.shares(chosen, engine.slopes.size))
+                alphas = engine.slopes.by_node(slopes.double())
+            jacobian, value = rows.leaf_rows(theta, boxes, alphas)
             found.append(jacobian)
             values.append(value)
         return torch.cat(found), torch.cat(values)
