@@ -21,6 +21,7 @@ CPU_SOURCES = [
     "csrc/library.cpp",
     "csrc/cpu/activation_coefficients.cpp",
     "csrc/cpu/chain_bounds.cpp",
+    "csrc/cpu/chain_slopes.cpp",
     "csrc/cpu/concretize.cpp",
     "csrc/cpu/interval_linear.cpp",
     "csrc/cpu/relaxed_backward.cpp",

@@ -170,4 +170,41 @@ struct Gelu {
   }
 };
 
+// x / (1 + exp(-q)) with q = 2 sqrt(2 / pi) (x + 0.044715 x^3): PyTorch's approximate="tanh". On the
+// left tail the rounding of q is amplified by q, which the error bounds contain; a test proves in
+// interval arithmetic that the second derivative changes its sign at the inflections only.
+struct GeluTanh {
+  static constexpr bool kKinked = false;
+  static constexpr double kScale = 1.5957691216057308, kCube = 0.044715;
+  PREPARED_HD explicit GeluTanh(double) {}
+  PREPARED_HD static double inner(double x) { return kScale * (x + kCube * x * x * x); }
+  PREPARED_HD static double inner_slope(double x) { return kScale * (1.0 + 3.0 * kCube * x * x); }
+  PREPARED_HD static double ulps(double x) { return x < 0.0 ? 16.0 + 8.0 * fabs(inner(x)) : 16.0; }
+  PREPARED_HD static bool far(double x) { return fabs(x) > 22.0; }  // q > 794: nothing but x or 0
+  PREPARED_HD static double logistic(double x) { return 1.0 / (1.0 + exp(-inner(x))); }
+  PREPARED_HD Evaluated value(double x) const {
+    if (far(x)) return {fmax(x, 0.0), 64.0 * kTiny};
+    const double y = x * logistic(x);
+    return {y, ulps(x) * kEps * fabs(y) + 64.0 * kTiny};
+  }
+  PREPARED_HD Evaluated derivative(double x) const {
+    if (far(x)) return {x > 0.0 ? 1.0 : 0.0, 1e4 * kTiny};
+    const double s = logistic(x), q = inner(x);
+    const double bend = x * logistic_slope(q) * inner_slope(x);
+    return {s + bend, kEps * (s * ulps(x) + fabs(bend) * (32.0 + 8.0 * fabs(q))) + 1e4 * kTiny};
+  }
+  PREPARED_HD double second(double x) const {
+    if (far(x)) return 0.0;
+    const double s = logistic(x), rise = inner_slope(x);
+    const double turn = 6.0 * kScale * kCube * x;
+    return logistic_slope(inner(x)) * (2.0 * rise + x * ((1.0 - 2.0 * s) * rise * rise + turn));
+  }
+  PREPARED_HD double valley() const { return -0.1701; }
+  PREPARED_HD double slope_min() const { return -0.1875; }
+  PREPARED_HD double slope_max() const { return 1.1875; }
+  PREPARED_HD Core core(bool upper, double, double u) const {
+    return two_tailed(upper, 1.4185040087908283, u);
+  }
+};
+
 }  // namespace torch_prepared

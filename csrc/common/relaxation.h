@@ -18,8 +18,9 @@ struct LinePair {
   T lower_slope, lower_offset, upper_slope, upper_offset;
 };
 
+// `alpha` is the derivative; `inward` is the same, but where alpha is clamped the one into its range.
 struct BoundsGradient {
-  double lower, upper, alpha;
+  double lower, upper, alpha, inward;
 };
 
 // Incoming gradients, one per output of LinePair.
@@ -85,9 +86,9 @@ PREPARED_HD double tangent_through(const H& h, double e, double at_e, double goo
     (gap >= 0.0 ? good : bad) = x;
     const double newton = x - gap / (h.second(x) * (e - x));
     const bool inside = (newton - good) * (newton - bad) < 0.0;
-    const double next = inside ? newton : 0.5 * (good + bad);
-    const bool close = fabs(next - x) <= 1e-9 * fabs(x);  // a further Newton step squares this
-    x = next;
+    // A Newton step squares the distance; at the root it may be a rounding out of the bracket.
+    const bool close = fabs(newton - x) <= 1e-9 * fabs(x);
+    x = inside ? newton : (close ? x : 0.5 * (good + bad));
     if (close) break;
   }
   return x;
@@ -172,7 +173,7 @@ struct SmoothRule {
 
   PREPARED_HD Choice choose(const Neuron& n, bool upper) const {
     const Side<Activation> side = {activation, upper ? 1.0 : -1.0};
-    const double point = !upper && n.has_alpha ? n.alpha : middle(n);
+    const double point = n.has_alpha ? n.alpha : middle(n);
     return choose_line(side, activation.core(upper, n.lower, n.upper), n.lower, n.upper, point);
   }
 
@@ -212,7 +213,6 @@ struct SmoothRule {
     const Choice c = choose(n, upper);
     const double l = n.lower, u = n.upper, d = c.point;
     const double s = upper ? c.slope : -c.slope;
-    if (c.touch == Touch::kConstant) return;
     const double at_l = activation.derivative(l).value, at_u = activation.derivative(u).value;
     if (c.touch == Touch::kChord) {
       const double ds_dl = (s - at_l) / (u - l), ds_du = (at_u - s) / (u - l);
@@ -221,26 +221,26 @@ struct SmoothRule {
       return;
     }
     const double per_slope = g_slope - d * g_offset;  // the offset is sigma(d) - d s
+    const double change = per_slope * activation.second(d);
+    const bool by_alpha = n.has_alpha && l != u;
+    if (by_alpha) total->inward += change;
+    if (by_alpha && c.touch == Touch::kPoint) total->alpha += change;
     if (c.touch == Touch::kThroughLower) {
       total->lower += per_slope * (at_l - s) / (l - d);
     } else if (c.touch == Touch::kThroughUpper) {
       total->upper += per_slope * (at_u - s) / (u - d);
-    } else {
-      const double change = per_slope * activation.second(d);
-      const bool free = c.touch == Touch::kPoint;
-      const bool by_alpha = free && !upper && n.has_alpha && l != u;
-      if (by_alpha) total->alpha += change;
-      if (c.touch == Touch::kAtLower || (free && !by_alpha)) {
-        total->lower += free ? 0.5 * change : change;
-      }
-      if (c.touch == Touch::kAtUpper || (free && !by_alpha)) {
-        total->upper += free ? 0.5 * change : change;
-      }
+    } else if (c.touch == Touch::kAtLower) {
+      total->lower += change;
+    } else if (c.touch == Touch::kAtUpper) {
+      total->upper += change;
+    } else if (c.touch == Touch::kPoint && !by_alpha) {
+      total->lower += 0.5 * change;
+      total->upper += 0.5 * change;
     }
   }
 
   PREPARED_HD BoundsGradient gradient(const Neuron& n, const LineGradient& g) const {
-    BoundsGradient total = {0.0, 0.0, 0.0};
+    BoundsGradient total = {0.0, 0.0, 0.0, 0.0};
     if (!bounded(n)) return total;
     line_gradient(n, true, g.upper_slope, g.upper_offset, &total);
     line_gradient(n, false, g.lower_slope, g.lower_offset, &total);
@@ -281,13 +281,14 @@ struct LeakyRule {
 
   PREPARED_HD BoundsGradient gradient(const Neuron& n, const LineGradient& g) const {
     const double l = n.lower, u = n.upper;
-    BoundsGradient total = {0.0, 0.0, 0.0};
+    BoundsGradient total = {0.0, 0.0, 0.0, 0.0};
     if (l >= 0.0 || u <= 0.0 || u - l > kHuge) return total;
     const double s = upper_slope(l, u), width = u - l;
     const double ds_dl = (s - p) / width, ds_du = (1.0 - s) / width;
     total.lower = g.upper_slope * ds_dl + g.upper_offset * (p - s - l * ds_dl);
     total.upper = g.upper_slope * ds_du - g.upper_offset * l * ds_du;
     if (n.has_alpha && n.alpha >= p && n.alpha <= 1.0) total.alpha = g.lower_slope;
+    if (n.has_alpha) total.inward = g.lower_slope;
     return total;
   }
 };

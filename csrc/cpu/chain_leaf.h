@@ -52,7 +52,29 @@ class Leaf {
     }
   }
 
- private:
+ protected:
+  // Rows of one backward pass from map `map`, before each activation: those of side j begin at
+  // `at[j]` of the arena. Positive rows of the neurons come first, then their negatives.
+  struct Record {
+    size_t map;
+    int64_t rows;
+    std::vector<int32_t> neurons;
+    std::vector<size_t> at;
+  };
+
+  // Starts the record of rows that are about to be pulled from map k; null: the output's.
+  void record(size_t k, int64_t rows, const int32_t* neurons) {
+    records_.push_back({k, rows, {}, std::vector<size_t>(k + 1)});
+    if (neurons != nullptr) records_.back().neurons.assign(neurons, neurons + rows / 2);
+  }
+
+  // Copies the rows on side j into the present record.
+  PREPARED_HD void keep(size_t j, int64_t rows) {
+    const int64_t count = rows * sides_[j]->stride;
+    records_.back().at[j] = arena_.size();
+    arena_.insert(arena_.end(), panels_[0].data(), panels_[0].data() + count);
+  }
+
   void spoil(int64_t i) {
     const T nan = std::numeric_limits<T>::quiet_NaN();
     const int64_t n = args_.maps[0].in, s = args_.count, hidden = args_.hidden;
@@ -111,7 +133,7 @@ class Leaf {
     std::copy_n(lower, m, args_.hidden_lower + at_hidden);
     std::copy_n(upper, m, args_.hidden_upper + at_hidden);
     if (!proper) return false;
-    relax(*sides_[k + 1], m);
+    relax(*sides_[k + 1], m, first);
     gather(k, sides_[k + 1]->index.data(), sides_[k + 1]->count);
     return true;
   }
@@ -181,6 +203,7 @@ class Leaf {
       for (int64_t c = 0; c < rows * stride; c += kLanes) {
         at<T, kBytes>(negated + c) = -at<T, kBytes>(source + c);
       }
+      if (recording_) record(k, 2 * rows, unstable_.data() + begin);
       pull<false>(k, 2 * rows);
       for (int64_t r = 0; r < rows; ++r) {
         intersect(unstable_[begin + r], best_[r], -best_[rows + r]);
@@ -206,8 +229,9 @@ class Leaf {
     }
   }
 
-  // Lines of the ReLUs of a layer of m neurons; those that are zero on the box get no column.
-  PREPARED_HD void relax(Side<T>& side, int64_t m) {
+  // Lines of the ReLUs of a layer of m neurons, which starts at hidden scalar `first`; those that
+  // are zero on the box get no column.
+  PREPARED_HD void relax(Side<T>& side, int64_t m, int64_t first) {
     const T *lower = lower_memory_.data(), *upper = upper_memory_.data();
     int64_t count = 0;
     for (int64_t j = 0; j < m; ++j) {
@@ -228,7 +252,18 @@ class Leaf {
       at<T, kBytes>(side.after.lower + c) = low >= 0 ? low : zero;
       at<T, kBytes>(side.after.upper + c) = high;
     }
+    if (shares_ != nullptr) share(side, count, first);
     finish(side, count);
+  }
+
+  // Lower slopes of unstable neurons from shares_; negative ones there become the usual slopes.
+  PREPARED_HD void share(Side<T>& side, int64_t count, int64_t first) {
+    for (int64_t c = 0; c < count; ++c) {
+      if (side.before.lower[c] >= 0) continue;
+      T& own = shares_[first + side.index[c]];
+      if (own < 0) own = side.slope.lower[c];
+      side.slope.lower[c] = own;
+    }
   }
 
   // Pulls `rows` rows on the input side of map k, in the first panel, back to the network's
@@ -240,6 +275,7 @@ class Leaf {
     for (size_t j = k; j > 0; --j) {
       Side<T>& side = *sides_[j];
       const Panel<T> left = {panels_[0].data(), side.stride};
+      if (recording_) keep(j, rows);
       if (kCuts) cut(left, side.after, rows);
       pull_lines(left, side, rows);
       if (kCuts) cut(left, side.before, rows);
@@ -247,6 +283,7 @@ class Leaf {
       multiply<T, kBytes>(left, right, rows, side.count, {panels_[1].data(), right.stride});
       std::swap(panels_[0], panels_[1]);
     }
+    if (recording_) keep(0, rows);
     cut({panels_[0].data(), sides_[0]->stride}, sides_[0]->offset, rows);
   }
 
@@ -314,6 +351,10 @@ class Leaf {
   Buffer<T> constants_;  // what each row gathered on its way, still spread over the lanes
   std::vector<int32_t> unstable_;
   T best_[kPanelRows];
+  T* shares_ = nullptr;  // (hidden,) lower slopes of one's own; null: the usual ones
+  bool recording_ = false;
+  std::vector<Record> records_;
+  std::vector<T> arena_;
 };
 
 }  // namespace torch_prepared

@@ -8,7 +8,7 @@
 
 namespace torch_prepared {
 
-enum class Kind { kLeaky, kTanh, kSigmoid, kElu, kSoftplus, kGelu, kSilu };
+enum class Kind { kLeaky, kTanh, kSigmoid, kElu, kSoftplus, kGelu, kGeluTanh, kSilu };
 
 template <class T>
 struct CoefficientArgs {
@@ -33,7 +33,7 @@ struct CoefficientGradArgs {
   const T* grads[4];  // lower_slope, lower_offset, upper_slope, upper_offset
   T* grad_lower;
   T* grad_upper;
-  T* grad_alpha;  // null when absent
+  T* grad_alpha;  // (2, count), see BoundsGradient; null when absent
 };
 
 #define PREPARED_DECLARE(T, Context)                                       \
@@ -76,7 +76,9 @@ PREPARED_HD void write_gradient(const Rule& rule, const CoefficientGradArgs<T>& 
   const BoundsGradient total = rule.gradient(read_neuron(args, i), g);
   args.grad_lower[i] = static_cast<T>(total.lower);
   args.grad_upper[i] = static_cast<T>(total.upper);
-  if (args.grad_alpha != nullptr) args.grad_alpha[i] = static_cast<T>(total.alpha);
+  if (args.grad_alpha == nullptr) return;
+  args.grad_alpha[i] = static_cast<T>(total.alpha);
+  args.grad_alpha[args.count + i] = static_cast<T>(total.inward);
 }
 
 // Calls f with the rule object of args.kind.
@@ -95,6 +97,8 @@ void with_rule(const Args& args, F&& f) {
       return f(SmoothRule<Softplus>(args.parameter));
     case Kind::kGelu:
       return f(SmoothRule<Gelu>(args.parameter));
+    case Kind::kGeluTanh:
+      return f(SmoothRule<GeluTanh>(args.parameter));
     case Kind::kSilu:
       return f(SmoothRule<Silu>(args.parameter));
   }

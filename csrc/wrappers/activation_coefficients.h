@@ -38,8 +38,9 @@ inline KindAndParameter parse_kind(const char* op, const std::string& name, doub
   if (name == "sigmoid") return {Kind::kSigmoid, 0.0};
   if (name == "softplus") return {Kind::kSoftplus, 0.0};
   if (name == "gelu") return {Kind::kGelu, 0.0};
+  if (name == "gelu_tanh") return {Kind::kGeluTanh, 0.0};
   if (name == "silu") return {Kind::kSilu, 0.0};
-  fail(op, "kind", "relu, leaky_relu, tanh, sigmoid, elu, softplus, gelu or silu", name);
+  fail(op, "kind", "relu, leaky_relu, tanh, sigmoid, elu, softplus, gelu, gelu_tanh or silu", name);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_coefficients(
   return {out[0], out[1], out[2], out[3], errors};
 }
 
-// Gradients of lower, upper and alpha (empty when there is no alpha).
+// Gradients of lower, upper and alpha (empty when there is no alpha, else one axis more of size 2).
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> activation_coefficients_grad(
     Tensor grad_lower_slope, Tensor grad_lower_offset, Tensor grad_upper_slope,
@@ -119,7 +120,9 @@ std::tuple<Tensor, Tensor, Tensor> activation_coefficients_grad(
   for (Tensor& grad : grads) grad = dense(grad);
   const std::vector<int64_t> shape = shape_of(lower);
   Tensor grad_lower = allocate(lower, shape), grad_upper = allocate(lower, shape);
-  Tensor grad_alpha = alpha.has_value() ? allocate(lower, shape) : allocate(lower, {0});
+  std::vector<int64_t> both = shape;
+  both.insert(both.begin(), 2);
+  Tensor grad_alpha = alpha.has_value() ? allocate(lower, both) : allocate(lower, {0});
   if (lower.numel() > 0) {
     with_scalar(lower, [&](auto zero) {
       using T = decltype(zero);

@@ -22,8 +22,8 @@ from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Box, Property, SafeSet
 
-METHODS = ["ibp", "crown-ibp", "crown"]
-ACTIVATIONS = ["relu", "tanh", "elu"]
+METHODS = ["ibp", "crown-ibp", "forward", "crown"]
+ACTIVATIONS = ["relu", "tanh", "elu", "gelu"]
 SETTINGS = settings(max_examples=7, deadline=None)
 NAMES = st.sampled_from(sorted(NETWORKS))
 SEEDS = st.integers(0, 10**6)
@@ -150,7 +150,9 @@ def test_misfits_are_refused_by_name() -> None:
         compute_bounds(graph, random_boxes(4, 1), method="magic")
 
 
-@pytest.mark.parametrize("op", ["relu", "leaky_relu", "tanh", "sigmoid", "softplus", "elu"])
+@pytest.mark.parametrize(
+    "op", ["relu", "leaky_relu", "tanh", "sigmoid", "softplus", "elu", "gelu", "silu"]
+)
 @pytest.mark.parametrize("name", ["mlp", "pooling"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bad", [torch.nan, 3e38])

@@ -24,8 +24,8 @@ from torch_prepared.core.interval import Interval
 from torch_prepared.relax import evaluate_all, evaluate_graph
 from torch_prepared.specs import Box, InputSet, LpBall, VPolytope
 
-ACTIVATIONS = ["relu", "leaky_relu", "tanh", "sigmoid", "softplus", "elu"]
-METHODS = ["ibp", "crown-ibp", "crown"]
+ACTIVATIONS = ["relu", "leaky_relu", "tanh", "sigmoid", "softplus", "elu", "gelu", "silu"]
+METHODS = ["ibp", "crown-ibp", "forward", "crown"]
 SETTINGS = settings(max_examples=12, deadline=None)
 # Widths, at most some thousands, times depth, in units of the last place.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-4}

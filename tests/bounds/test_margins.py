@@ -14,7 +14,7 @@ from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Property, SafeSet
 
-METHODS = ["ibp", "crown-ibp", "crown"]
+METHODS = ["ibp", "crown-ibp", "forward", "crown"]
 
 
 def mixed_properties(graph: Graph, seed: int) -> list[Property]:
@@ -91,7 +91,9 @@ def test_no_properties_are_refused() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("op", ["relu", "leaky_relu", "tanh", "sigmoid", "softplus", "elu"])
+@pytest.mark.parametrize(
+    "op", ["relu", "leaky_relu", "tanh", "sigmoid", "softplus", "elu", "gelu", "silu"]
+)
 @pytest.mark.parametrize("name", ["mlp", "residual", "pooling", "branching"])
 def test_gradients_agree_with_finite_differences(name: str, op: str, method: str) -> None:
     """Along random directions in all parameters, intermediate bounds included."""

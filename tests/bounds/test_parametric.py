@@ -317,26 +317,14 @@ class Softsign(ElementwiseOperator):
         return AffinePair(zero, self.function(node, box.lower), zero, self.function(node, one))
 
 
-class Absolute(Softsign):
-    """``|x|``: not monotone."""
-
-    op = "absolute"
-    traits = Traits(convex=True)
-
-
-@pytest.mark.parametrize(
-    ("operator", "message"),
-    [(Softsign(), "no relaxation for unknown bounds"), (Absolute(), "is not monotone")],
-)
-def test_operators_without_rows_are_refused_by_name(
-    operator: ElementwiseOperator, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operators_without_rows_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = Softsign()
     monkeypatch.setitem(registry._OPERATORS, operator.op, operator)
     graph = mlp((4, 5, 3), operator.op)
     boxes = {
         n.name: Interval(torch.zeros(1, *n.shape), torch.ones(1, *n.shape)) for n in graph.nodes
     }
-    with pytest.raises(UnsupportedOperationError, match=f"{operator.op}2: .*{message}"):
+    with pytest.raises(UnsupportedOperationError, match=r"softsign2: .*no relaxation"):
         ParametricBounds(graph, "linear1").add_enclosure(boxes, "r")
     low, high = ParametricBounds(graph, "linear3").add_enclosure(boxes, "r")
     assert low.size == high.size == 3

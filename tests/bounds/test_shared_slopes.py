@@ -12,7 +12,7 @@ from tests.bounds.test_branch import setting
 from tests.helpers import mlp
 from torch_prepared import ops
 from torch_prepared.bounds import PropertyBatch
-from torch_prepared.bounds._leaf import SlopedEngine
+from torch_prepared.bounds._leaf import LEVELS, SlopedEngine
 from torch_prepared.bounds.branch import SplitTree
 from torch_prepared.bounds.engine import general_engine, leaf_engine
 from torch_prepared.bounds.shared_slopes import SharedSlopes
@@ -66,13 +66,13 @@ def test_any_slopes_bound_and_a_search_does_not_lose(kind: str) -> None:
     usual = torch.full((60, slopes.size), -1.0)
     anything = torch.rand(60, slopes.size, generator=torch.Generator().manual_seed(2))
     row = torch.arange(60) % 3
-    found = slopes.search(box, usual, row, torch.full((60,), torch.inf))
+    found, bounds = slopes.search(box, usual, row, torch.full((60,), torch.inf))
     for given in (usual, anything, found):
         assert bool((slopes.bound(box, given).values[:, None] <= y + 1e-9).all())
     before, after = (slopes.bound(box, s).values.gather(1, row[:, None]) for s in (usual, found))
     assert float((after - before).min()) > -1e-2 * float(before.abs().mean())  # by rounding slopes
     assert float((after - before).mean()) > 0
-    assert torch.equal(found, slopes.search(box, usual, row, torch.full((60,), torch.inf)))
+    torch.testing.assert_close(bounds.values, slopes.bound(box, found).values)
 
 
 def test_a_search_stops_where_a_bound_is_enough() -> None:
@@ -80,9 +80,9 @@ def test_a_search_stops_where_a_bound_is_enough() -> None:
     slopes, box = SharedSlopes.of(graph, batch), boxes(10, 3, 0.3)
     assert slopes is not None
     usual, row = torch.full((10, slopes.size), -1.0), torch.zeros(10, dtype=torch.int64)
-    found = slopes.search(box, usual, row, torch.full((10,), -torch.inf))
-    written = (slopes.chosen(box, usual) * 255).round() / 255
-    torch.testing.assert_close(found, written)
+    found, _ = slopes.search(box, usual, row, torch.full((10,), -torch.inf))
+    written = (slopes.chosen(box, usual) * LEVELS).round() / LEVELS
+    torch.testing.assert_close(found.clamp_min(0), written)
 
 
 def test_a_tree_with_slopes_is_smaller_and_certified() -> None:
@@ -134,7 +134,7 @@ def test_a_box_with_nan_proves_nothing() -> None:
     assert slopes is not None
     box.upper[1, 0] = torch.nan
     usual = torch.full((4, slopes.size), -1.0)
-    found = slopes.search(box, usual, torch.zeros(4, dtype=torch.int64), torch.full((4,), 1e9))
-    values = slopes.bound(box, found).values
+    row, enough = torch.zeros(4, dtype=torch.int64), torch.full((4,), 1e9)
+    values = slopes.search(box, usual, row, enough)[1].values
     assert not bool((values[1] > -torch.inf).any())
     assert bool(values[[0, 2, 3]].isfinite().all())

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_prepared.certify.facts import activation_facts, default_slopes, line_offset
+from torch_prepared.certify.facts import (
+    ActivationFacts,
+    activation_facts,
+    default_slopes,
+    line_offset,
+)
 from torch_prepared.errors import UnsupportedOperationError
 
 MP = {
@@ -21,7 +26,18 @@ MP = {
     "elu": lambda x: x if x > 0 else 0.3 * mpmath.expm1(x),
     "gelu": lambda x: x * mpmath.ncdf(x),
     "silu": lambda x: x / (1 + mpmath.exp(-x)),
+    "gelu tanh": lambda x: (
+        x / (1 + mpmath.exp(-mpmath.sqrt(8 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3)))
+    ),
 }
+
+
+def known(op: str) -> ActivationFacts:
+    name, *form = op.split()
+    attrs = {"alpha": 0.3, "approximate": form[0] if form else "none"}
+    return activation_facts(name, attrs, "here")
+
+
 ENDS = st.one_of(
     st.floats(-6, 6),
     st.floats(-1e-8, 1e-8),
@@ -39,7 +55,7 @@ ENDS = st.one_of(
 def test_line_is_on_its_side(
     op: str, ends: tuple[float, float], slope: float | None, seed: int
 ) -> None:
-    facts = activation_facts(op, {"alpha": 0.3}, "here")
+    facts = known(op)
     low, high = np.array([[min(ends)]]), np.array([[max(ends)]])
     with np.errstate(all="ignore"):
         if slope is None:
@@ -53,7 +69,7 @@ def test_line_is_on_its_side(
         [
             rng.uniform(low[0, 0], high[0, 0], 12),
             [low[0, 0], high[0, 0]],
-            np.clip([0.0, -0.75, -1.28], low[0, 0], high[0, 0]),
+            np.clip([0.0, -0.75, -1.28, -0.7525], low[0, 0], high[0, 0]),
         ]
     )
     with mpmath.workdps(50):
@@ -66,7 +82,7 @@ def test_line_is_on_its_side(
 @pytest.mark.parametrize("op", MP)
 def test_default_lines_touch_the_function(op: str) -> None:
     """Not vacuous: on small intervals the gap between the lines is of second order."""
-    facts = activation_facts(op, {"alpha": 0.3}, "here")
+    facts = known(op)
     center = np.linspace(-4, 4, 41)[None]
     low, high = center - 1e-3, center + 1e-3
     with np.errstate(all="ignore"):
@@ -81,8 +97,9 @@ def test_default_lines_touch_the_function(op: str) -> None:
 def test_slope_zero_gives_the_range() -> None:
     """The interval rule of functions with a valley finds the bottom of the valley."""
     bottoms = {"gelu": -0.16997120747990369, "silu": -0.27846454276107374, "abs": 0.0}
+    bottoms["gelu tanh"] = -0.17004075057125406
     for op, bottom in bottoms.items():
-        facts = activation_facts(op, {}, "here")
+        facts = known(op)
         low, high = np.array([[-5.0]]), np.array([[4.0]])
         found = line_offset(facts, low, high, np.zeros((1, 1)), above=False).item()
         assert found <= bottom
@@ -93,7 +110,7 @@ def test_slope_zero_gives_the_range() -> None:
     ("op", "attrs"),
     [
         ("sin", {}),
-        ("gelu", {"approximate": "tanh"}),
+        ("gelu", {"approximate": "quick"}),
         ("leaky_relu", {"alpha": -0.1}),
         ("elu", {"alpha": float("nan")}),
         ("elu", {}),

@@ -159,7 +159,7 @@ def half_input(model: onnx.ModelProto) -> None:
         (half_input, "'x' has type FLOAT16"),
         (unknown, r"'third': operator 'Sin' has no support; supported operators: Add.*Relu"),
         (custom, "com.example::Relu"),
-        (square, r"'second' \(Mul\): multiplies two values"),
+        (square, r"'second' \(Mul\): computes a power of a value"),
         (quotient, r"'second' \(Div\): divides by a value"),
     ],
 )

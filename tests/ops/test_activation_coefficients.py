@@ -1,5 +1,6 @@
 """Validity of the lines: exact for piecewise-linear kinds, in 60 digits for the others."""
 
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -20,7 +21,7 @@ from torch_prepared.ops._reference_activation import (
 LEAKY = [("relu", 0.0), ("leaky_relu", 0.01), ("leaky_relu", 0.3), ("leaky_relu", 1.0)]
 SMOOTH = [
     ("tanh", 0.0), ("sigmoid", 0.0), ("softplus", 0.0), ("gelu", 0.0), ("silu", 0.0),
-    ("elu", 1.0), ("elu", 0.4), ("elu", 1.7),
+    ("gelu_tanh", 0.0), ("elu", 1.0), ("elu", 0.4), ("elu", 1.7),
 ]  # fmt: skip
 ALL = LEAKY + SMOOTH
 INF = float("inf")
@@ -39,6 +40,9 @@ def exact_value(kind: str, parameter: float, x: mpmath.mpf) -> mpmath.mpf:
         return x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2
     if kind == "silu":
         return x / (1 + mpmath.exp(-x))
+    if kind == "gelu_tanh":
+        inner = mpmath.sqrt(8 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3)
+        return x / (1 + mpmath.exp(-inner))
     return x if x > 0 else parameter * mpmath.expm1(x)
 
 
@@ -65,6 +69,7 @@ def intervals(dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
 def sample(low: float, high: float) -> list[float]:
     """Ends, kinks, inflections, and a grid that is denser near zero; inside [l, u]."""
     marks = [0.0, 1.4142135623730951, 2.3993572805154675, -0.7517915246935645, -1.2784645427610738]
+    marks += [1.4185040087908283, -0.752461422071016, 22.0]
     points = [low, high, *marks, *(-m for m in marks)]
     points += [low + (high - low) * k / 24 for k in range(25)]
     points += [s * 10.0**e for e in range(-3, 3) for s in (-1, 1)]
@@ -170,6 +175,7 @@ def activation(kind: str, parameter: float) -> Callable[[Tensor], Tensor]:
     return {
         "tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": functions.softplus,
         "gelu": functions.gelu, "silu": functions.silu,
+        "gelu_tanh": lambda x: functions.gelu(x, approximate="tanh"),
     }[kind]  # fmt: skip
 
 
@@ -304,3 +310,79 @@ def test_opcheck(kind: str, with_alpha: bool, device: str) -> None:
     grads = [torch.ones_like(plain[0]) for _ in range(4)]
     rest = (plain[0], plain[1], kind, 0.0, plain[2] if with_alpha else None)
     torch.library.opcheck(torch.ops.torch_prepared.activation_coefficients_grad, (*grads, *rest))
+
+
+def bracket(x: mpmath.iv.mpf) -> mpmath.iv.mpf:
+    """What decides the sign of the second derivative of gelu_tanh, for x >= 0.
+
+    With g = k (x + a x^3) and f = x (1 + tanh g) / 2, ``f'' = k sech(g)^2 bracket(x)``.
+    """
+    iv, k, a = mpmath.iv, mpmath.iv.sqrt(2 / mpmath.iv.pi), mpmath.iv.mpf("0.044715")
+    doubled = iv.exp(-2 * k * (x + a * x**3))
+    hyperbolic = (1 - doubled) / (1 + doubled)
+    return 1 + 6 * a * x**2 - k * x * hyperbolic * (1 + 3 * a * x**2) ** 2
+
+
+def test_gelu_tanh_bends_only_at_its_inflections() -> None:
+    """Positive second derivative below the inflection and negative above, proved by intervals.
+
+    From 3 on: tanh g > 0.99, ``k 0.99 x (1 + 3 a x^2)^2 >= 2.37 (1 + 6 a x^2)`` and so on.
+    """
+    c, step = 1.4185040087908283, 1 / 512
+    for i in range(int(3 / step)):
+        ends = mpmath.iv.mpf([i * step, (i + 1) * step])
+        if (i + 1) * step < c - step:
+            assert bracket(ends).a > 0
+        elif i * step > c + step:
+            assert bracket(ends).b < 0
+    assert bracket(mpmath.iv.mpf(c - 1e-12)).a > 0
+    assert bracket(mpmath.iv.mpf(c + 1e-12)).b < 0
+    # Between, it falls: differences of the bracket over the gap around the inflection.
+    near = [c - step + 2 * step * i / 64 for i in range(65)]
+    values = [bracket(mpmath.iv.mpf(x)) for x in near]
+    assert all(after.b < before.a for before, after in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize("kind", ["relu", "tanh", "gelu", "softplus"])
+def test_lines_pass_through_transforms_and_batched_gradients(kind: str) -> None:
+    """The engine's form agrees with the operator's gradient however gradients are taken."""
+    lower, upper, _ = smooth_points()
+    share = torch.full_like(lower, 0.4) if kind != "relu" else None
+
+    def total(low: Tensor, high: Tensor) -> Tensor:
+        lines = ops.activation_lines(low, high, kind, 0.0, share)
+        return sum((i + 1.0) * line.sin().sum() for i, line in enumerate(lines))  # type: ignore
+
+    def one(low: Tensor, high: Tensor) -> Tensor:
+        lines = ops.activation_lines(low, high, kind, 0.0, None if share is None else share[0])
+        return sum((i + 1.0) * line.sin() for i, line in enumerate(lines))  # type: ignore
+
+    low, high = lower.clone().requires_grad_(), upper.clone().requires_grad_()
+    expected = torch.autograd.grad(total(low, high), (low, high))
+    mapped = torch.func.vmap(torch.func.grad(one, argnums=(0, 1)))(lower, upper)
+    lines = torch.stack(ops.activation_lines(low, high, kind, 0.0, share))
+    weights = torch.arange(1.0, 5.0, dtype=torch.float64).unsqueeze(1) * lines.detach().cos()
+    units = torch.stack([weights, 2 * weights])
+    batched = torch.autograd.grad(lines, (low, high), units, is_grads_batched=True)
+    for a, b, c in zip(expected, mapped, batched, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.stack([a, 2 * a]), c, rtol=1e-12, atol=1e-12)
+
+
+def test_a_clamped_share_has_the_gradient_into_its_range() -> None:
+    """On [-3, 3] no tangent of tanh at 0 is valid: both lines have their points moved."""
+    low, high = (torch.tensor([x], dtype=torch.float64) for x in (-3.0, 3.0))
+    share = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    lines = ops.activation_lines(low, high, "tanh", 0.0, share)
+    (gradient,) = torch.autograd.grad(lines[2].sum(), share)  # upper slope falls to the right
+    assert float(gradient) < 0
+    moved = ops.activation_lines(low, high, "tanh", 0.0, share.detach() + 0.3)
+    assert float(moved[2]) < float(lines[2])
+
+
+def test_broken_bounds_give_nan_lines_without_an_error() -> None:
+    low = torch.tensor([0.0, torch.nan, 1.0])
+    high = torch.tensor([1.0, 1.0, 0.0])
+    for kind in ("relu", "gelu"):
+        for line in ops.activation_lines(low, high, kind):
+            assert line.isnan().tolist() == [False, True, True]

@@ -252,6 +252,14 @@ def elu(alpha: float) -> Callable[[float], float]:
     return lambda x: x if x > 0 else alpha * math.expm1(x)
 
 
+def gelu(x: float) -> float:
+    return x * math.erfc(-x / math.sqrt(2)) / 2
+
+
+def gelu_tanh(x: float) -> float:
+    return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 ACTIVATIONS = [
     elementwise("relu", "plain", lambda x: max(x, 0.0)),
     elementwise("leaky_relu", "quarter", lambda x: x if x > 0 else x / 4, alpha=0.25),
@@ -262,4 +270,7 @@ ACTIVATIONS = [
     elementwise("softplus", "plain", lambda x: math.log1p(math.exp(x)), False),
     elementwise("elu", "one", elu(1.0), False, alpha=1.0),
     elementwise("elu", "half", elu(0.5), False, alpha=0.5),
+    elementwise("gelu", "erf", gelu, False, approximate="none"),
+    elementwise("gelu", "tanh", gelu_tanh, False, approximate="tanh"),
+    elementwise("silu", "plain", lambda x: x / (1 + math.exp(-x)), False),
 ]

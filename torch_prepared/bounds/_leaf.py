@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "LeafBounds", "LeafEngine", "SlopedEngine"]
 
-LEVELS = 255  #: slopes of boxes are stored as multiples of its inverse
+LEVELS = 254  #: slopes of boxes are stored as multiples of its inverse
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from torch_prepared.relax import ElementwiseOperator, lookup
 from torch_prepared.relax._base import Parameters
 from torch_prepared.relax.relu import TwoPiece
 
-__all__ = ["AlphaOptions", "bound_rows_alpha"]
+__all__ = ["AlphaOptions", "BoundState", "Problem", "bound_rows_alpha", "optimize"]
 
 Boxes = dict[str, Interval]
 _COPIES = 5  # a slope, its gradient, two moments, and room for a temporary
@@ -62,7 +62,7 @@ class AlphaOptions:
     decay: float = 0.98
 
 
-class _State(NamedTuple):
+class BoundState(NamedTuple):
     """One evaluation: output rows' lower bounds (b, s) and intervals of all values."""
 
     lower: Tensor
@@ -105,20 +105,20 @@ def bound_rows_alpha(
     with torch.no_grad():
         boxes = bound_nodes(graph, regions, parameters=fixed, known=known, max_memory=max_memory)
         lower = bound_rows(graph, regions, boxes, spread, parameters=fixed).lower
-    start = _State(lower, boxes)
+    start = BoundState(lower, boxes)
     lowered = None if wants else _native(graph, regions, fixed, start)
     per_region = _bytes_per_region(graph, regions, start, spread.shape[1], lowered is not None)
     chunk = max(1, int(max_memory / max(per_region, 1.0)))
     parts = []
     for first in range(0, len(regions), chunk):
         span = slice(first, first + chunk)
-        part = _State(lower[span], {name: box[span] for name, box in boxes.items()})
+        part = BoundState(lower[span], {name: box[span] for name, box in boxes.items()})
         if lowered is not None:
             problem = _Native(graph, regions[span], fixed, spread[span], part, max_memory)
-            parts.append(_optimize(problem, part, options))
+            parts.append(optimize(problem, part, options))
             continue
         plain = _Plain(graph, regions[span], fixed, spread[span], part, max_memory)
-        found = _optimize(plain, part, options)
+        found = optimize(plain, part, options)
         if wants:
             own = rows.expand(len(regions), *rows.shape[1:])[span]
             found = plain.evaluate({**table}, own, known, span)
@@ -133,7 +133,9 @@ def bound_rows_alpha(
     return torch.cat([part.lower for part in parts]), joined
 
 
-def _native(graph: Graph, regions: RegionBatch, table: Parameters, start: _State) -> Lowered | None:
+def _native(
+    graph: Graph, regions: RegionBatch, table: Parameters, start: BoundState
+) -> Lowered | None:
     """The lowered network when native code can optimize its slopes, else None."""
     nonlinear = [lookup(node.op) for node in graph.nodes[1:]]
     if not all(op.traits.affine or isinstance(op, TwoPiece) for op in nonlinear):
@@ -144,7 +146,7 @@ def _native(graph: Graph, regions: RegionBatch, table: Parameters, start: _State
 
 
 def _bytes_per_region(
-    graph: Graph, regions: RegionBatch, start: _State, rows: int, native: bool
+    graph: Graph, regions: RegionBatch, start: BoundState, rows: int, native: bool
 ) -> float:
     """An estimate of what the slopes of one region take, the largest of the batch."""
     item = start.lower.element_size()
@@ -160,7 +162,9 @@ def _bytes_per_region(
     return float(total.max()) * item * _COPIES if len(regions) else 0.0
 
 
-def _row_counts(graph: Graph, regions: RegionBatch, start: _State, rows: int) -> dict[str, Tensor]:
+def _row_counts(
+    graph: Graph, regions: RegionBatch, start: BoundState, rows: int
+) -> dict[str, Tensor]:
     """How many rows each target has in each region."""
     found = {graph.nodes[-1].name: torch.full((len(regions),), float(rows))}
     for name in tightened_names(graph, regions.is_box):
@@ -177,17 +181,22 @@ def _readers(graph: Graph, name: str) -> tuple[Node, ...]:
     )  # fmt: skip
 
 
-class _Problem(ABC):
+class Problem(ABC):
     """What the optimizer needs: leaves, and an evaluation that is differentiable in them."""
 
     leaves: list[Tensor]
 
     @abstractmethod
-    def run(self) -> _State:
+    def run(self) -> BoundState:
         """Bounds at the present slopes."""
 
+    def project(self) -> None:
+        """Move the leaves into their ranges."""
+        for leaf in self.leaves:
+            leaf.clamp_(0.0, 1.0)
 
-def _optimize(problem: _Problem, start: _State, options: AlphaOptions) -> _State:
+
+def optimize(problem: Problem, start: BoundState, options: AlphaOptions) -> BoundState:
     """Adam on all leaves; the best bound of every row and of every value."""
     best, boxes = start.lower, dict(start.boxes)
     if not problem.leaves or not options.iterations:
@@ -209,9 +218,8 @@ def _optimize(problem: _Problem, start: _State, options: AlphaOptions) -> _State
         adam.step()
         rate.step()
         with torch.no_grad():
-            for leaf in problem.leaves:
-                leaf.clamp_(0.0, 1.0)
-    return _State(best, boxes)
+            problem.project()
+    return BoundState(best, boxes)
 
 
 def _better(old: Interval, new: Interval) -> Interval:
@@ -226,7 +234,7 @@ def _better(old: Interval, new: Interval) -> Interval:
     return inner.intersect(inner)
 
 
-class _Native(_Problem):
+class _Native(Problem):
     """Slopes in the native operators' own layout; piecewise linear networks over boxes."""
 
     def __init__(
@@ -235,7 +243,7 @@ class _Native(_Problem):
         regions: RegionBatch,
         table: Parameters,
         rows: Tensor,
-        start: _State,
+        start: BoundState,
         max_memory: int,
     ) -> None:
         lowered = Lowered.of(graph, table)
@@ -269,7 +277,7 @@ class _Native(_Problem):
         box = self._start.boxes[node.inputs[0]].map(lambda end: end.flatten(1))
         return (1.0 - operator.small_slope(node)) * (~operator.stable(box)).to(box.lower.dtype)
 
-    def run(self) -> _State:
+    def run(self) -> BoundState:
         """Bounds of all values in turn, then of the output rows."""
         boxes, lines = dict(self._start.boxes), {}
         for node in self._graph.nodes[1:]:
@@ -286,7 +294,7 @@ class _Native(_Problem):
                 boxes[node.name] = self._tighten(node, boxes, lines)
         bounder, shares = self._own[""]
         needed = [lines[node.name] for node in bounder.activations]
-        return _State(bounder.lower(needed, boxes, shares)[0], boxes)
+        return BoundState(bounder.lower(needed, boxes, shares)[0], boxes)
 
     def _tighten(self, node: Node, boxes: Boxes, lines: Mapping[str, Tensor]) -> Interval:
         bounder, shares = self._own[node.name]
@@ -302,7 +310,7 @@ class _Native(_Problem):
         )
 
 
-class _Plain(_Problem):
+class _Plain(Problem):
     """Slopes as plain tensors: any operator, region, device; differentiable in parameters."""
 
     def __init__(
@@ -311,7 +319,7 @@ class _Plain(_Problem):
         regions: RegionBatch,
         table: Parameters,
         rows: Tensor,
-        start: _State,
+        start: BoundState,
         max_memory: int,
     ) -> None:
         self._graph, self._regions, self._table = graph, regions, table
@@ -326,7 +334,7 @@ class _Plain(_Problem):
         self._slopes = RowSlopes(targets, start_alphas(graph, start.boxes, output, rows.shape[1]))
         self.leaves = self._slopes.leaves()
 
-    def run(self) -> _State:
+    def run(self) -> BoundState:
         """Bounds at the present slopes."""
         return self._bound(self._table, self._rows, self._start.boxes, cuts=False)
 
@@ -336,7 +344,7 @@ class _Plain(_Problem):
         rows: Tensor,
         known: Mapping[str, Interval] | None,
         span: slice,
-    ) -> _State:
+    ) -> BoundState:
         """The bound at the present slopes as a function of parameters and rows.
 
         Scalars that CROWN found stable stay so: their lines are constant.
@@ -360,7 +368,7 @@ class _Plain(_Problem):
 
     def _bound(
         self, table: Parameters, rows: Tensor, known: Mapping[str, Interval] | None, cuts: bool
-    ) -> _State:
+    ) -> BoundState:
         boxes = bound_nodes(
             self._graph,
             self._regions,
@@ -381,4 +389,4 @@ class _Plain(_Problem):
             alphas=self._slopes.rows,
             cuts=cuts,
         )
-        return _State(found.lower, boxes)
+        return BoundState(found.lower, boxes)

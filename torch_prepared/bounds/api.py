@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_prepared.bounds._program import programs_apply
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds.alpha_crown import AlphaOptions, bound_rows_alpha
+from torch_prepared.bounds.cost import affordable_method
 from torch_prepared.bounds.crown import DEFAULT_MEMORY, bound_nodes, bound_rows
+from torch_prepared.bounds.forward import propagate_forms
+from torch_prepared.bounds.sound import sound_bounds
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
 from torch_prepared.errors import SpecError
@@ -25,14 +29,19 @@ class Method(enum.Enum):
     """How to bound.
 
     ``IBP`` intervals everywhere; ``CROWN_IBP`` a backward pass for the output over interval
-    relaxations; ``CROWN`` backward passes for every unstable scalar; ``ALPHA_CROWN`` the same with
-    slopes of each row's own, optimized jointly (see ``alpha_crown``).
+    relaxations; ``FORWARD`` the same over intervals of affine forms in the input, and those forms
+    themselves (see ``forward``); ``CROWN`` backward passes for every unstable scalar;
+    ``ALPHA_CROWN`` the same with slopes of each row's own, optimized jointly (see
+    ``alpha_crown``); ``AUTO`` CROWN, FORWARD or CROWN_IBP, the first one whose cost is bearable
+    (see ``cost.affordable_method``).
     """
 
     IBP = "ibp"
     CROWN_IBP = "crown-ibp"
+    FORWARD = "forward"
     CROWN = "crown"
     ALPHA_CROWN = "alpha-crown"
+    AUTO = "auto"
 
     @classmethod
     def named(cls, name: str | Method) -> Method:
@@ -71,6 +80,7 @@ def compute_bounds(
     parameters: Mapping[str, Tensor] | None = None,
     max_memory: int = DEFAULT_MEMORY,
     alpha: AlphaOptions | None = None,
+    sound: bool = False,
 ) -> Interval:
     """Bounds of output rows over every region.
 
@@ -83,6 +93,8 @@ def compute_bounds(
         parameters: tensors that replace the graph's own; the result is differentiable in them.
         max_memory: bytes that one backward pass, or the slopes of "alpha-crown", may take.
         alpha: how "alpha-crown" optimizes; other methods ignore it.
+        sound: let the bounds hold in spite of rounding, in float64 whatever the network's dtype
+            (see ``sound``); for "ibp", "crown-ibp" and "crown".
 
     Returns:
         Interval (b, s) with ``lower <= rows . f(x) <= upper`` for all x of the region.
@@ -90,17 +102,19 @@ def compute_bounds(
     Raises:
         SpecError: sizes that do not fit the network, or rows that are not finite.
 
-    Soundness: in exact arithmetic; the certificate checker accounts for rounding. Where weights
+    Soundness: in exact arithmetic, and with ``sound`` also as computed; the certificate checker
+    accounts for rounding in code of its own. Where weights
     overflow the bounds are NaN, which proves nothing.
     """
-    batch = RegionBatch.of(regions, graph.dtype, graph.device)
+    dtype = torch.float64 if sound else graph.dtype
+    batch = RegionBatch.of(regions, dtype, graph.device)
     if rows is None:
         rows = torch.eye(graph.output_size)
-    rows = rows.to(graph.device, graph.dtype)
+    rows = rows.to(graph.device, dtype)
     rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
     both = torch.cat([rows, -rows], dim=1)
     found, _ = _row_bounds(
-        graph, batch, both, Method.named(method), parameters, max_memory, None, alpha
+        graph, batch, both, Method.named(method), parameters, max_memory, None, alpha, sound
     )
     lower, negated = found.chunk(2, dim=1)
     return Interval(lower, -negated)
@@ -115,6 +129,7 @@ def certified_margin(
     known: Mapping[str, Interval] | None = None,
     max_memory: int = DEFAULT_MEMORY,
     alpha: AlphaOptions | None = None,
+    sound: bool = False,
 ) -> MarginBounds:
     """Lower bounds of each property's safety margin, differentiable in the weights.
 
@@ -126,6 +141,7 @@ def certified_margin(
         known: intervals proved elsewhere for the same weights; intersected in.
         max_memory: bytes that one backward pass, or the slopes of "alpha-crown", may take.
         alpha: how "alpha-crown" optimizes; other methods ignore it.
+        sound: see :func:`compute_bounds`.
 
     Returns:
         :class:`MarginBounds`. Where weights overflow the margin is NaN, which proves nothing.
@@ -139,12 +155,15 @@ def certified_margin(
     batch = (
         properties
         if isinstance(properties, PropertyBatch)
-        else PropertyBatch.of(properties, graph.dtype, graph.device)
+        else PropertyBatch.of(properties, torch.float64 if sound else graph.dtype, graph.device)
     )
+    chosen = Method.named(method)
     values, boxes = _row_bounds(
-        graph, batch.regions, batch.rows, Method.named(method), parameters, max_memory, known, alpha
+        graph, batch.regions, batch.rows, chosen, parameters, max_memory, known, alpha, sound
     )
     values = values + batch.offset
+    if sound:
+        values = torch.nextafter(values, torch.full_like(values, -torch.inf))
     return MarginBounds(batch.margins(values), values, boxes, batch)
 
 
@@ -173,8 +192,24 @@ def _row_bounds(
     max_memory: int,
     known: Mapping[str, Interval] | None,
     alpha: AlphaOptions | None,
+    sound: bool,
 ) -> tuple[Tensor, dict[str, Interval]]:
     _check(graph, regions, rows, known or {})
+    if sound:
+        if method not in (Method.IBP, Method.CROWN_IBP, Method.CROWN):
+            raise SpecError(
+                f"sound=True: got method {method.value!r}; expected 'ibp', 'crown-ibp' or 'crown'"
+            )
+        return sound_bounds(
+            graph,
+            regions,
+            rows,
+            tighten=method is Method.CROWN,
+            shallow=method is Method.IBP,
+            parameters=parameters,
+            known=known,
+            max_memory=max_memory,
+        )
     if method is Method.ALPHA_CROWN:
         return bound_rows_alpha(
             graph,
@@ -185,6 +220,15 @@ def _row_bounds(
             options=alpha,
             max_memory=max_memory,
         )
+    if method is Method.AUTO:
+        tensors = [rows, *({**graph.parameters, **(parameters or {})}).values()]
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        chosen = affordable_method(
+            graph, len(regions), max_memory, native=programs_apply(tensors), saved=differentiable
+        )
+        method = Method(chosen)
+    if method is Method.FORWARD:
+        return _forward(graph, regions, rows, parameters, max_memory, known)
     boxes = bound_nodes(
         graph,
         regions,
@@ -196,3 +240,20 @@ def _row_bounds(
     shallow = method is Method.IBP
     bound = bound_rows(graph, regions, boxes, rows, parameters=parameters, shallow=shallow)
     return bound.lower, boxes
+
+
+def _forward(
+    graph: Graph,
+    regions: RegionBatch,
+    rows: Tensor,
+    parameters: Mapping[str, Tensor] | None,
+    max_memory: int,
+    known: Mapping[str, Interval] | None,
+) -> tuple[Tensor, dict[str, Interval]]:
+    """The better of a backward pass over the forms' intervals and the output's own form."""
+    boxes, form = propagate_forms(
+        graph, regions, parameters=parameters, known=known, max_memory=max_memory
+    )
+    back = bound_rows(graph, regions, boxes, rows, parameters=parameters).lower
+    spread = rows.expand(len(regions), *rows.shape[1:])
+    return torch.maximum(back, form.bound_rows(regions, spread)), boxes

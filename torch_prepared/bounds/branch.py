@@ -30,6 +30,8 @@ FIRST_CAPACITY = 1024
 _ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis", "_row", "_slot")
 DETACHED = -2  #: split axis of nodes that are no longer part of the tree
 FIRST_REACH = 0.1  #: share of the nodes of the first round that are searched
+KNOWLEDGE = ("_margin", "_rows", "_row", "_axis")
+NO_SLOPE = 255  #: stands for the slope that the engine chooses
 FEWEST = 1000  #: nodes of a round from which slopes are searched
 FRUITFUL, VAIN = 0.4, 0.25  #: shares of successful searches that widen or narrow their reach
 Integers = NDArray[np.int64]
@@ -137,22 +139,21 @@ class SplitTree:
         """Optimize the slopes of nodes that were bounded; worse ones are forgotten."""
         if not len(nodes):
             return
-        before = self._margin[nodes]
+        before = {name: getattr(self, name)[nodes] for name in KNOWLEDGE}
         row = torch.from_numpy(self._row[nodes])
         enough = self.slack + spare - self.batch.offset[0].double().cpu()[row]
-        box = self.boxes(nodes)
-        found = engine.slopes.search(box, self.shares(nodes, engine.slopes.size), row, enough)
-        old = self._slot[nodes]
-        self._slot[nodes] = self._store(found)
-        self.bound(engine, nodes, len(nodes))
-        worse = ~(self._margin[nodes] > before)
-        if worse.any():
-            self._slot[nodes[worse]] = old[worse]
-            self.bound(engine, nodes[worse], len(nodes))
+        given = self.shares(nodes, engine.slopes.size)
+        found, bounds = engine.slopes.search(self.boxes(nodes), given, row, enough)
+        self._note(nodes, bounds)
+        better = self._margin[nodes] > before["_margin"]
+        for name, old in before.items():
+            getattr(self, name)[nodes[~better]] = old[~better]
+        self._slot[nodes[better]] = self._store(found[torch.from_numpy(better)])
 
     def _store(self, slopes: Tensor) -> Integers:
-        """Slots for slopes (b, h), multiples of 1 / LEVELS."""
-        fresh = (slopes * LEVELS).round().to(torch.uint8).cpu().numpy()
+        """Slots for slopes (b, h), multiples of 1 / LEVELS or negative."""
+        levels = torch.where(slopes < 0, torch.full_like(slopes, NO_SLOPE), slopes * LEVELS)
+        fresh = levels.round().to(torch.uint8).cpu().numpy()
         first, self._slots = self._slots, self._slots + len(fresh)
         if self._slots > len(self._slopes):
             more = np.zeros((max(FIRST_CAPACITY, 2 * self._slots), fresh.shape[1]), np.uint8)
@@ -167,7 +168,8 @@ class SplitTree:
         slots = self._slot[nodes]
         if not self._slots:
             return torch.full((len(nodes), size), -1.0)
-        shares = torch.from_numpy(self._slopes[slots]).float() / LEVELS
+        levels = torch.from_numpy(self._slopes[slots])
+        shares = (levels.float() / LEVELS).masked_fill(levels == NO_SLOPE, -1.0)
         shares[torch.from_numpy(slots < 0)] = -1.0
         return shares
 

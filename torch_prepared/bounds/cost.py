@@ -8,7 +8,12 @@ from torch_prepared.bounds._affine_prefix import affine_values
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.relax import lookup
 
-__all__ = ["crown_flops", "node_flops"]
+__all__ = ["affordable_method", "crown_bytes", "crown_flops", "forward_flops", "node_flops"]
+
+BUDGET = 2e11
+"""Operations of backward passes that are worth spending without asking."""
+NATIVE_SAVING = 50.0
+"""How much fewer operations native programs take: they skip stable scalars and unread pixels."""
 
 
 def node_flops(graph: Graph, node: Node) -> float:
@@ -33,3 +38,41 @@ def crown_flops(graph: Graph) -> float:
         elif node.name in read:
             total += 2.0 * node.size * before
     return total
+
+
+def crown_bytes(graph: Graph, item: int) -> float:
+    """Bytes that gradients through backward passes keep: rows at every activation they cross."""
+    total = before = 0.0
+    composed = affine_values(graph)
+    for node in graph.nodes[1:]:
+        if lookup(node.op).traits.affine:
+            continue
+        for name in node.inputs:
+            if name not in composed:
+                total += 2.0 * graph.node(name).size * before
+        before += node.size
+    return total * item
+
+
+def forward_flops(graph: Graph) -> float:
+    """Operations of one forward pass of affine forms."""
+    return (graph.input_size + 2.0) * sum(node_flops(graph, node) for node in graph.nodes[1:])
+
+
+def affordable_method(
+    graph: Graph, regions: int, max_memory: int, *, native: bool, saved: bool
+) -> str:
+    """The first of "crown", "forward", "crown-ibp" whose cost is bearable.
+
+    Args:
+        graph: the network.
+        regions: how many input sets.
+        max_memory: bytes that may be kept for gradients.
+        native: backward passes run as native programs.
+        saved: gradients are wanted, so what passes compute is kept.
+    """
+    item = graph.dtype.itemsize
+    work = crown_flops(graph) * regions / (NATIVE_SAVING if native else 1.0)
+    if work <= BUDGET and not (saved and crown_bytes(graph, item) * regions > max_memory):
+        return "crown"
+    return "forward" if forward_flops(graph) * regions <= BUDGET else "crown-ibp"

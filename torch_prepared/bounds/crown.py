@@ -15,16 +15,14 @@ NaN (from weights that overflow, say) is never dropped: a region whose intervals
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torch_prepared import ops
 from torch_prepared.bounds._affine_prefix import affine_values, bound_affine_value
+from torch_prepared.bounds._descend import RowBound, Setting, descend
 from torch_prepared.bounds._program import Lowered, programs_apply
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds._slopes import TargetSlopes
@@ -49,14 +47,6 @@ DEFAULT_MEMORY = 1 << 30
 _MIXING = ("linear", "conv", "avg_pool", "max_pool", "reduce_sum", "add", "concat")
 
 
-class RowBound(NamedTuple):
-    """``lower`` (b, s) and the affine form behind it: ``inputs`` (b, s, n) and ``const`` (b, s)."""
-
-    lower: Tensor
-    inputs: Tensor
-    const: Tensor
-
-
 def bound_rows(
     graph: Graph,
     regions: RegionBatch,
@@ -66,6 +56,7 @@ def bound_rows(
     node: str | None = None,
     parameters: Parameters | None = None,
     alphas: Mapping[str, Tensor] | None = None,
+    pulls: Mapping[str, Tensor] | None = None,
     cuts: bool = True,
     shallow: bool = False,
 ) -> RowBound:
@@ -79,6 +70,8 @@ def bound_rows(
         node: name; the network's output when None.
         parameters: tensors that replace the graph's own.
         alphas: optimizable relaxation parameters by node, (b, s or 1, *input shape).
+        pulls: by activation a combination (b, s or 1, *input shape) of its input that is known
+            to be not negative; it is subtracted, which leaves a lower bound. See ``split``.
         cuts: also evaluate over the intermediate boxes and keep the best; then the bound is never
             below the shallow one.
         shallow: stop at the first nonlinear values and use their boxes: interval propagation with
@@ -93,7 +86,7 @@ def bound_rows(
     target = graph.nodes[-1] if node is None else graph.node(node)
     spread = rows.expand(len(regions), *rows.shape[1:])
     lowered = None
-    if alphas is None and not shallow:
+    if alphas is None and pulls is None and not shallow:
         ends = [end for box in boxes.values() for end in (box.lower, box.upper)]
         lowered = _lower(graph, [rows, regions.lower, *ends], table)
     if lowered is not None:
@@ -103,13 +96,14 @@ def bound_rows(
             found = found._replace(lower=torch.maximum(found.lower, exact))
     pending = {target.name: spread.reshape(*spread.shape[:2], *target.shape)}
     const = spread.new_zeros(spread.shape[:2])
-    descend = functools.partial(_descend, graph, regions, boxes)
+    setting = Setting(graph, regions, boxes, table, pulls or {})
     if lowered is None:
-        found = descend(dict(pending), const, table, alphas, cuts, shallow)
+        found = descend(setting, dict(pending), const, alphas, cuts, shallow)
     if not cuts or shallow or _is_chain(graph):
         return found
     # With branches the cuts met on the way need not include the first nonlinear values of all.
-    floor = descend(pending, const, table, None, cuts=False, shallow=True)
+    setting = Setting(graph, regions, boxes, table)
+    floor = descend(setting, pending, const, None, cuts=False, shallow=True)
     return found._replace(lower=torch.maximum(found.lower, floor.lower))
 
 
@@ -117,47 +111,6 @@ def _is_chain(graph: Graph) -> bool:
     """Whether every node reads the one before it and nothing else."""
     pairs = zip(graph.nodes, graph.nodes[1:], strict=False)
     return all(node.inputs == (before.name,) for before, node in pairs)
-
-
-def _descend(
-    graph: Graph,
-    regions: RegionBatch,
-    boxes: Boxes,
-    pending: dict[str, Tensor],
-    const: Tensor,
-    table: Parameters,
-    alphas: Mapping[str, Tensor] | None,
-    cuts: bool,
-    shallow: bool = False,
-) -> RowBound:
-    """Pull ``pending`` rows (consumed) plus ``const`` back to the input."""
-    best = None
-    for node in reversed(graph.nodes):
-        rows = pending.pop(node.name, None)
-        if rows is None:
-            continue
-        if node.op == "input":
-            inputs = rows.flatten(2)
-            lower = const + regions.minimum(inputs)
-            return RowBound(lower if best is None else torch.maximum(best, lower), inputs, const)
-        operator = lookup(node.op)
-        stop = shallow and not operator.traits.affine
-        if stop or (cuts and not pending and node.name in boxes):
-            box = boxes[node.name].map(lambda end: end.flatten(1))
-            here = const + ops.concretize(rows.flatten(2), box.center, box.radius)
-            if stop:
-                const = here
-                continue
-            best = here if best is None else torch.maximum(best, here)
-        alpha = None if alphas is None else alphas.get(node.name)
-        moved = operator.pull_back(node, rows, [boxes[name] for name in node.inputs], table, alpha)
-        if moved.bias is not None:
-            const = const + moved.bias
-        for name, part in zip(node.inputs, moved.inputs, strict=True):
-            pending[name] = pending[name] + part if name in pending else part
-    # The output does not depend on the input at all.
-    empty = const.new_zeros(*const.shape, graph.input_size)
-    return RowBound(const if best is None else torch.maximum(best, const), empty, const)
 
 
 def bound_nodes(
@@ -199,6 +152,7 @@ def bound_nodes(
     lowered = _lower(graph, [regions.lower, regions.upper], table) if native else None
     start = graph.nodes[0]
     boxes = {start.name: regions.box.map(lambda end: end.reshape(end.shape[0], *start.shape))}
+    setting = Setting(graph, regions, boxes, table)
     for node in graph.nodes[1:]:
         box = lookup(node.op).interval(node, [boxes[name] for name in node.inputs], table)
         if known is not None and node.name in known:
@@ -211,11 +165,11 @@ def bound_nodes(
             )
         elif slopes is not None and node.name in slopes:
             own = slopes[node.name]
-            box = _tighten(graph, regions, boxes, node, box, own, table, max_memory)
+            box = _tighten(setting, node, box, own, max_memory)
         elif slopes is None and node.name in chosen:
             columns = _all(box) if every else unstable_order(box, readers[node.name])
             own = TargetSlopes(*columns, {})
-            box = _tighten(graph, regions, boxes, node, box, own, table, max_memory)
+            box = _tighten(setting, node, box, own, max_memory)
         boxes[node.name] = box
     return boxes
 
@@ -306,14 +260,7 @@ def unstable_order(box: Interval, readers: tuple[Node, ...]) -> tuple[Tensor, Te
 
 
 def _tighten(
-    graph: Graph,
-    regions: RegionBatch,
-    boxes: Boxes,
-    node: Node,
-    box: Interval,
-    slopes: TargetSlopes,
-    table: Parameters,
-    max_memory: int,
+    setting: Setting, node: Node, box: Interval, slopes: TargetSlopes, max_memory: int
 ) -> Interval:
     """Intersect the scalars ``order`` (b, k) of ``box`` that count with backward bounds."""
     order, counts = slopes.order, slopes.counts
@@ -321,8 +268,8 @@ def _tighten(
         return box
     lower, upper = box.lower.flatten(1), box.upper.flatten(1)
     parts = [
-        _bound_scalars(graph, regions, boxes, node, part, table)
-        for part in _chunks(graph, slopes, lower.element_size(), max_memory)
+        _bound_scalars(setting, node, part)
+        for part in _chunks(setting.graph, slopes, lower.element_size(), max_memory)
     ]
     new_lower = torch.cat([part.lower for part in parts], dim=1)
     new_upper = torch.cat([part.upper for part in parts], dim=1)
@@ -362,20 +309,13 @@ def _chunks(
         yield TargetSlopes(order[:, span], slopes.counts[:, span], alphas)
 
 
-def _bound_scalars(
-    graph: Graph,
-    regions: RegionBatch,
-    boxes: Boxes,
-    node: Node,
-    slopes: TargetSlopes,
-    table: Parameters,
-) -> Interval:
+def _bound_scalars(setting: Setting, node: Node, slopes: TargetSlopes) -> Interval:
     """Backward bounds of the scalars ``slopes.order`` (b, k) of a node's flattened value."""
     index, alphas = slopes.order, slopes.alphas or None
-    operator, like = lookup(node.op), boxes[node.inputs[0]].lower
+    operator, like = lookup(node.op), setting.inputs(node)[0].lower
     pending: dict[str, Tensor] = {}
     if operator.traits.affine:
-        moved = operator.select(node, index, [boxes[name] for name in node.inputs], table)
+        moved = operator.select(node, index, setting.inputs(node), setting.table)
         for name, part in zip(node.inputs, moved.inputs, strict=True):
             both = torch.cat([part, -part], dim=1)
             pending[name] = pending[name] + both if name in pending else both
@@ -385,6 +325,6 @@ def _bound_scalars(
         units = unit_rows(index, node, like)
         pending[node.name] = torch.cat([units, -units], dim=1)
         const = like.new_zeros(index.shape[0], 2 * index.shape[1])
-    found = _descend(graph, regions, boxes, pending, const, table, alphas, cuts=False).lower
+    found = descend(setting, pending, const, alphas, cuts=False).lower
     lower, negated = found.chunk(2, dim=1)
     return Interval(lower, -negated)

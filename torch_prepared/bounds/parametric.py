@@ -250,11 +250,6 @@ class ParametricBounds:
         if node.op == "max_pool" or not isinstance(lookup(node.op), ElementwiseOperator):
             return self._pool(node, values, symbolic, boxes, tag)
         operator = lookup(node.op)
-        if not operator.traits.monotone:
-            raise UnsupportedOperationError(
-                f"{node.name}: operator '{node.op}' is not monotone; expected monotone ones after "
-                "the edited layer; edit a layer after it"
-            )
         low, high = self._new_bounds(values[name], symbolic, boxes, f"{tag}:{node.name}:in")
         reference = boxes[name].map(lambda end: end.detach().double().reshape(-1))
         below, above = operator.enclosing_lines(node, reference)  # type: ignore[attr-defined]

@@ -11,16 +11,19 @@ as that paper's implementation offers; slopes as part of a split tree are ours.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torch_prepared import ops
 from torch_prepared.bounds._leaf import LEVELS, LeafBounds
 from torch_prepared.bounds._program import Lowered, programs_apply
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._slopes import ancestors
+from torch_prepared.bounds.chain import Chain
 from torch_prepared.bounds.crown import needed_scalars, pass_gradient, tightened_names
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
@@ -45,9 +48,9 @@ class SlopeSearch:
         decay: factor on the learning rate after each step.
     """
 
-    iterations: int = 5
-    learning_rate: float = 0.5
-    decay: float = 0.8
+    iterations: int = 8
+    learning_rate: float = 0.3
+    decay: float = 0.9
 
 
 class SharedSlopes:
@@ -65,6 +68,7 @@ class SharedSlopes:
         self, graph: Graph, batch: PropertyBatch, options: SlopeSearch | None = None
     ) -> None:
         self._options = options or SlopeSearch()
+        self._chain = Chain.of(graph) if graph.device.type == "cpu" else None
         self._graph, self._table = graph, graph.parameters
         self._rows = batch.rows[0].to(graph.dtype)
         self._last = graph.nodes[-1]
@@ -121,6 +125,10 @@ class SharedSlopes:
             box: (b, n), any floating dtype; rounded outward to the network's.
             slopes: (b, :attr:`size`); a negative one stands for CROWN's choice.
         """
+        if self._chain is not None:
+            row = torch.zeros(len(slopes), dtype=torch.int64)
+            options = dataclasses.replace(self._options, iterations=0)
+            return self._run_chain(box, slopes, row, row, options)[1]
         tight = self._enter(box)
         rows = self._rows.expand(len(slopes), *self._rows.shape)
         lower, inputs, _ = self._run(tight, slopes.to(self._rows.dtype), rows, cuts=True)
@@ -140,7 +148,9 @@ class SharedSlopes:
             parts.append(value.masked_fill(operator.stable(ends), 0.0))
         return torch.cat(parts, dim=1)
 
-    def search(self, box: Interval, slopes: Tensor, row: Tensor, enough: Tensor) -> Tensor:
+    def search(
+        self, box: Interval, slopes: Tensor, row: Tensor, enough: Tensor
+    ) -> tuple[Tensor, LeafBounds]:
         """Better slopes for each box.
 
         Args:
@@ -150,8 +160,16 @@ class SharedSlopes:
             enough: (b,) a bound of that row at which a box needs no more steps.
 
         Returns:
-            (b, size): multiples of ``1 / LEVELS``; the best met, NaN bounds never being it.
+            The best slopes met (b, size), multiples of ``1 / LEVELS`` or, where a neuron is
+            stable, possibly negative; and what :meth:`bound` says of them.
         """
+        if self._chain is not None:
+            return self._run_chain(box, slopes, row, enough, self._options)
+        found = self._search(box, slopes, row, enough)
+        return found, self.bound(box, found)
+
+    def _search(self, box: Interval, slopes: Tensor, row: Tensor, enough: Tensor) -> Tensor:
+        """The search on any network."""
         options, found = self._options, self.chosen(box, slopes)
         tight, active = self._enter(box), torch.arange(len(found))
         rows = self._rows[row].unsqueeze(1)
@@ -187,6 +205,28 @@ class SharedSlopes:
             value = value.clamp(0.0, 1.0)
             rate *= options.decay
         return (found * LEVELS).round() / LEVELS
+
+    def _run_chain(
+        self, box: Interval, slopes: Tensor, row: Tensor, enough: Tensor, options: SlopeSearch
+    ) -> tuple[Tensor, LeafBounds]:
+        """Search and bounds by the native kernel of chains."""
+        if self._chain is None:
+            raise ValueError("not a chain")
+        tight, kind = self._enter(box), self._rows.dtype
+        found, values, inputs = ops.chain_slopes(
+            tight.lower,
+            tight.upper,
+            self._chain.weights,
+            self._chain.biases,
+            self._rows,
+            row,
+            enough.to(kind),
+            slopes.to(kind),
+            options.iterations,
+            options.learning_rate,
+            options.decay,
+        )
+        return found.float(), LeafBounds(values, inputs)
 
     def _enter(self, box: Interval) -> Interval:
         return outward(box.lower, box.upper, self._rows.dtype)

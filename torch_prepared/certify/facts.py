@@ -178,11 +178,12 @@ def activation_facts(op: str, attrs: Mapping[str, object], where: str) -> Activa
         return _bent_line(_slope(attrs, where), 1.0)
     if op == "elu":
         return _elu(_slope(attrs, where))
-    if op == "gelu" and attrs.get("approximate", "none") != "none":
-        raise UnsupportedOperationError(
-            f"{where}: got gelu with approximate={attrs['approximate']!r}; expected the exact "
-            "erf form; use nn.GELU(approximate='none')"
-        )
+    if op == "gelu" and (form := attrs.get("approximate", "none")) != "none":
+        if form != "tanh":
+            raise UnsupportedOperationError(
+                f"{where}: got gelu with approximate={form!r}; expected 'none' or 'tanh'"
+            )
+        return _GELU_TANH
     if op not in _TABLE:
         raise UnsupportedOperationError(
             f"{where}: got operator {op!r}; the checker knows {', '.join(sorted(ACTIVATIONS))}"
@@ -247,6 +248,23 @@ def _gelu_slope(x: FloatArray) -> FloatArray:
     return _normal_cdf(x) + x * density
 
 
+def _gelu_tanh_gate(x: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """``q = sqrt(8 / pi) (x + 0.044715 x^3)`` and its derivative; beyond 30 the gate is 0 or 1."""
+    scale, near = math.sqrt(8.0 / math.pi), np.clip(x, -30.0, 30.0)
+    square = np.square(near)
+    return scale * near * (1.0 + 0.044715 * square), scale * (1.0 + 0.134145 * square)
+
+
+def _gelu_tanh(x: FloatArray) -> FloatArray:
+    """``x (1 + tanh(q / 2)) / 2``, written with the logistic function."""
+    return x * _sigmoid(_gelu_tanh_gate(x)[0])
+
+
+def _gelu_tanh_slope(x: FloatArray) -> FloatArray:
+    gate, rise = _gelu_tanh_gate(x)
+    return _sigmoid(gate) + np.clip(x, -30.0, 30.0) * rise * _sigmoid_slope(gate)
+
+
 def _silu_slope(x: FloatArray) -> FloatArray:
     return _sigmoid(x) + x * _sigmoid_slope(x)
 
@@ -272,6 +290,9 @@ def _valley(
         lipschitz=1.25,
     )
 
+
+# gelu_tanh'' is zero where 1 + 6 a x^2 = k x tanh(q / 2) (1 + 3 a x^2)^2; a = 0.044715, q = 2 g(x)
+_GELU_TANH = _valley(_gelu_tanh, _gelu_tanh_slope, 1.4185040087908283)
 
 _S_SHAPE = (Curvature.CONVEX, Curvature.CONCAVE)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from torch_prepared.core import _gates as gates
 from torch_prepared.core import _layers as layers
 from torch_prepared.core._aten_call import (
     RESHAPES,
@@ -82,7 +83,9 @@ def _add_or_sub(call: Call) -> Value:
 def _mul_or_div(call: Call) -> Value:
     builder, a, b = call.builder, call.operand("self"), call.operand("other")
     if isinstance(a, Value) and isinstance(b, Value):
-        builder.refuse("multiplies or divides two values that depend on the input")
+        if call.op != "mul":
+            builder.refuse("divides two values that depend on the input")
+        return gates.multiply(builder, a, b)
     if call.op == "mul":
         x, c = (a, b) if isinstance(a, Value) else (b, a)
     else:
@@ -92,6 +95,17 @@ def _mul_or_div(call: Call) -> Value:
     if not isinstance(x, Value) or not isinstance(c, Constant):
         builder.malformed("expected one operand that depends on the input")
     return layers.affine(builder, x, c, None)
+
+
+def _erf(call: Call) -> Value:
+    return gates.error_function(call.builder, call.value())
+
+
+def _pow(call: Call) -> Value:
+    exponent = call["exponent"]
+    if not isinstance(exponent, (int, float)):
+        call.builder.refuse("raises to a power that is not a number")
+    return gates.power(call.builder, call.value(), float(exponent))
 
 
 def _neg(call: Call) -> Value:
@@ -262,7 +276,9 @@ OPERATORS: Mapping[str, Handler] = {
     "linear": _linear,
     "addmm": _addmm,
     "_native_batch_norm_legit_no_training": _batch_norm,
+    "erf": _erf,
     "neg": _neg,
+    "pow": _pow,
     "softplus": _softplus,
 }
 """How each supported ATen operator is translated when it depends on the network's input."""

@@ -9,7 +9,7 @@ shapes, as their formats do; the builder strips the batch axis when it emits nod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -25,6 +25,9 @@ __all__ = ["MAX_ELEMENTS", "Constant", "GraphBuilder", "Value"]
 
 MAX_ELEMENTS = 2**27
 """Most scalars one intermediate value or folded constant may have (a guard, not a target)."""
+
+
+_UNFINISHED = {"erf": "erf", "power": "a power of a value"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class GraphBuilder:
         self._supported = supported
         self._nodes: list[Node] = []
         self._labels: dict[str, str] = {}
+        self._places: dict[str, str] = {}
         self._parameters: dict[str, Tensor] = {}
         self._frozen: set[str] = set()
 
@@ -153,6 +157,7 @@ class GraphBuilder:
         """Append a node whose output has the full shape ``shape``."""
         value = Value(f"#{len(self._nodes)}", tuple(int(size) for size in shape), batch)
         self._labels[value.name] = self.label
+        self._places[value.name] = self.where
         names = tuple(x.name for x in inputs)
         self._nodes.append(Node(value.name, op, names, value.inner, params or {}, attrs or {}))
         return value
@@ -177,9 +182,25 @@ class GraphBuilder:
         """Keep edits away from all that ``constant`` was computed from: the graph depends on it."""
         self._frozen |= constant.sources
 
+    def freeze_stored(self, names: Iterable[str]) -> None:
+        """Keep edits away from stored tensors by name."""
+        self._frozen.update(names)
+
     def scalar(self, value: float) -> Constant:
         """A number rounded to the network's dtype, as the network computes with it."""
         return Constant(torch.tensor(value, dtype=self.dtype, device=self.device))
+
+    def producer(self, name: str) -> Node:
+        """The node that computes the value called ``name``."""
+        return self._nodes[int(name.removeprefix("#"))]
+
+    def uniform(self, node: Node, role: str, fallback: float) -> float | None:
+        """Parameter ``role`` of a node when it is one number, ``fallback`` when it is absent."""
+        value = node.read(role, self._parameters)
+        if value is None:
+            return fallback
+        first = value.detach().reshape(-1)[0]
+        return float(first) if bool((value == first).all()) else None
 
     def finish(self, output: Value) -> Graph:
         """The graph of everything that ``output`` depends on, biases fused, names resolved.
@@ -190,7 +211,12 @@ class GraphBuilder:
             output = self.emit("reshape", (output,), (1, 1), 0)
         if output.name == self._nodes[0].name:
             output = self.emit("reshape", (output,), output.shape, output.batch)
-        nodes, editable = fuse_biases(live_nodes(self._nodes, output.name), self._parameters)
+        live = live_nodes(self._nodes, output.name)
+        for node in live:
+            if node.op in _UNFINISHED:
+                self.where = self._places[node.name]
+                self.refuse(f"computes {_UNFINISHED[node.op]}, which has support inside GELU only")
+        nodes, editable = fuse_biases(live, self._parameters)
         names: dict[str, str] = {}
         for node in nodes:
             names[node.name] = self._fresh(self._labels[node.name], set(names.values()))

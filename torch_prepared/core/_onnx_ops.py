@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from torch_prepared.core import _gates as gates
 from torch_prepared.core import _layers as layers
 from torch_prepared.core._builder import Constant, GraphBuilder, Value
 from torch_prepared.core._layers import Window
@@ -127,9 +128,20 @@ def _sub(call: Call) -> list[Value]:
 def _mul(call: Call) -> list[Value]:
     a, b = call.either(0), call.either(1)
     if isinstance(a, Value) and isinstance(b, Value):
-        call.builder.refuse("multiplies two values that depend on the input")
+        return [gates.multiply(call.builder, a, b)]
     x, c = (a, call.constant(1)) if isinstance(a, Value) else (call.value(1), call.constant(0))
     return [layers.affine(call.builder, x, c, None)]
+
+
+def _erf(call: Call) -> list[Value]:
+    return [gates.error_function(call.builder, call.value())]
+
+
+def _pow(call: Call) -> list[Value]:
+    exponent = call.constant(1).value
+    if exponent.numel() != 1:
+        call.builder.refuse("raises to several powers")
+    return [gates.power(call.builder, call.value(), float(exponent))]
 
 
 def _div(call: Call) -> list[Value]:
@@ -274,6 +286,8 @@ def _gelu(call: Call) -> list[Value]:
 OPERATORS: Mapping[str, Handler] = {
     **dict.fromkeys(_ACTIVATIONS, _activation),
     **dict.fromkeys(MOVEMENTS, _movement),
+    "Erf": _erf,
+    "Pow": _pow,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "MatMul": _matmul,

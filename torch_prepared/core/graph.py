@@ -23,6 +23,7 @@ reshape        the same values in row-major order, another shape
 gather         ``x.flatten()[index]``; attrs ``index`` (int64 array of the output's shape)
 concat         attrs ``axis``
 relu tanh sigmoid softplus(beta = 1) elu(alpha) leaky_relu(alpha) ...   elementwise
+silu gelu      elementwise; gelu has attrs ``approximate``: "none" (by erf) or "tanh"
 =============  =====================================================================================
 """
 

@@ -15,7 +15,9 @@ from torch_prepared.ops._reference_functions import EPS, TINY, Evaluated, Smooth
 __all__ = ["activation_coefficients_grad_reference", "activation_coefficients_reference"]
 
 _HUGE = 1e150
-_KINDS = ("relu", "leaky_relu", "tanh", "sigmoid", "elu", "softplus", "gelu", "silu")
+_KINDS = (
+    "relu", "leaky_relu", "tanh", "sigmoid", "elu", "softplus", "gelu", "gelu_tanh", "silu",
+)  # fmt: skip
 
 
 class _Touch(IntEnum):
@@ -63,12 +65,16 @@ class _Side:
             hit &= self.gap(bad + toward * step, e) >= 0
             good, found = torch.where(hit, bad + toward * step, good), found | hit
         x = 0.5 * (good + bad)
+        done = torch.zeros_like(found)
         for _ in range(48):
             gap = self.gap(x, e)
             good, bad = torch.where(gap >= 0, x, good), torch.where(gap >= 0, bad, x)
             newton = x - gap / (self.sign * self.function.second(x) * (e - x))
             inside = (newton - good) * (newton - bad) < 0
-            x = torch.where(inside, newton, 0.5 * (good + bad))
+            close = (newton - x).abs() <= 1e-9 * x.abs()
+            last = torch.where(close, x, 0.5 * (good + bad))
+            x = torch.where(done, x, torch.where(inside, newton, last))
+            done = done | close
         return x
 
     def chord_slope(self, begin: Tensor, end: Tensor) -> Tensor:
@@ -186,7 +192,7 @@ def _smooth_lines(
     lines: list[Tensor] = []
     for upper in (False, True):
         side = _Side(function, upper, inner_l, inner_u)
-        choice = side.choose(alpha if alpha is not None and not upper else middle)
+        choice = side.choose(middle if alpha is None else alpha)
         slope = torch.where(bounded, choice.slope, 0.0).to(dtype)
         offset = side.valid_offset(slope.double(), choice.point)
         flat = _Side(function, upper, low, high).extreme()
@@ -242,7 +248,11 @@ def activation_coefficients_grad_reference(
     param: float,
     alpha: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of lower, upper and alpha (empty when there is no alpha)."""
+    """Gradients of lower, upper and alpha (empty when there is no alpha).
+
+    The last has one axis more: the derivative, and the same but where alpha is clamped the
+    derivative into its range.
+    """
     parameter = _parse(kind, param, lower.dtype)
     grads = (grad_lower_slope, grad_lower_offset, grad_upper_slope, grad_upper_offset)
     wide = [g.double() for g in grads]
@@ -252,8 +262,9 @@ def activation_coefficients_grad_reference(
         total = _leaky_gradient(parameter, low, high, a, wide)
     else:
         total = _smooth_gradient(smooth_function(kind, parameter), low, high, a, wide)
-    to_lower, to_upper, to_alpha = (x.to(lower.dtype).contiguous() for x in total)
-    return to_lower, to_upper, lower.new_empty(0) if alpha is None else to_alpha
+    to_lower, to_upper, to_alpha, inward = (x.to(lower.dtype).contiguous() for x in total)
+    none = alpha is None
+    return to_lower, to_upper, lower.new_empty(0) if none else torch.stack([to_alpha, inward])
 
 
 def _leaky_gradient(
@@ -262,7 +273,7 @@ def _leaky_gradient(
     high: Tensor,
     alpha: Tensor | None,
     grads: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mixed = (low < 0) & (high > 0) & (high - low <= _HUGE)
     width = torch.where(mixed, high - low, 1.0)
     s = torch.where(mixed, (high - p * low) / width, 0.0)
@@ -275,6 +286,7 @@ def _leaky_gradient(
         torch.where(mixed, to_lower, zero),
         torch.where(mixed, to_upper, zero),
         torch.where(free, grads[0], zero),
+        torch.where(mixed, grads[0], zero),
     )
 
 
@@ -284,24 +296,23 @@ def _smooth_gradient(
     high: Tensor,
     alpha: Tensor | None,
     grads: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounded = (low >= -_HUGE) & (high <= _HUGE)
     low, high = torch.where(bounded, low, 0.0), torch.where(bounded, high, 0.0)
-    to_lower, to_upper, to_alpha = (torch.zeros_like(low) for _ in range(3))
+    to_lower, to_upper, to_alpha, inward = (torch.zeros_like(low) for _ in range(4))
     at_l, at_u = function.derivative(low)[0], function.derivative(high)[0]
     for upper in (False, True):
         g_slope, g_offset = grads[2:] if upper else grads[:2]
         side = _Side(function, upper, low, high)
-        chosen = None if upper else alpha
-        choice = side.choose(0.5 * low + 0.5 * high if chosen is None else chosen)
+        choice = side.choose(0.5 * low + 0.5 * high if alpha is None else alpha)
         s, d, touch = side.sign * choice.slope, choice.point, choice.touch
         width = torch.where(touch == _Touch.CHORD, high - low, 1.0)
         ds_dl, ds_du = (s - at_l) / width, (at_u - s) / width
         per_slope = g_slope - d * g_offset
         change = per_slope * function.second(d)
-        free = touch == _Touch.POINT
-        owned = torch.zeros_like(free) if chosen is None else free & (low != high)
-        half = torch.where(free & ~owned, 0.5 * change, 0.0)
+        owned = (touch != _Touch.CHORD) & (low != high)
+        owned = torch.zeros_like(owned) if alpha is None else owned
+        half = torch.where((touch == _Touch.POINT) & ~owned, 0.5 * change, 0.0)
         to_lower = to_lower + _select(
             touch,
             half,
@@ -316,12 +327,14 @@ def _smooth_gradient(
             (_Touch.CHORD, g_slope * ds_du - g_offset * low * ds_du),
             (_Touch.THROUGH_UPPER, per_slope * (at_u - s) / (high - d)),
         )
-        to_alpha = to_alpha + torch.where(owned, change, 0.0)
+        inward = inward + torch.where(owned, change, 0.0)
+        to_alpha = to_alpha + torch.where(owned & (touch == _Touch.POINT), change, 0.0)
     zero = torch.zeros_like(low)
     return (
         torch.where(bounded, to_lower, zero),
         torch.where(bounded, to_upper, zero),
         torch.where(bounded, to_alpha, zero),
+        torch.where(bounded, inward, zero),
     )
 
 

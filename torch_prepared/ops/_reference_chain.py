@@ -10,7 +10,17 @@ from torch import Tensor
 
 from torch_prepared.errors import UnsupportedOperationError
 
-__all__ = ["chain_bounds_reference", "fake_chain_bounds", "refuse_gradient", "setup_nothing"]
+__all__ = [
+    "chain_bounds_reference",
+    "chain_slopes_reference",
+    "fake_chain_bounds",
+    "fake_chain_slopes",
+    "refuse_gradient",
+    "setup_nothing",
+]
+
+LEVELS = 254  #: slopes are returned as multiples of its inverse
+PATIENCE = 2  #: steps after which a box must be more than half of the way
 
 
 class _Side(NamedTuple):
@@ -76,6 +86,131 @@ def fake_chain_bounds(
         lower.new_empty(count, spec, size),
         lower.new_empty(count, hidden),
         lower.new_empty(count, hidden),
+    )
+
+
+def chain_slopes_reference(
+    lower: Tensor,
+    upper: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Tensor,
+    row: Tensor,
+    enough: Tensor,
+    slopes: Tensor,
+    iterations: int,
+    rate: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Better slopes (b, h) for one row of each box; values and input rows of all rows at these."""
+    work, found = slopes.clone(), []
+    for i in range(len(lower) if iterations and slopes.numel() else 0):
+        box = lower[i : i + 1], upper[i : i + 1]
+        search = (iterations, rate, decay)
+        start = rows[row[i]].reshape(1, 1, -1)
+        found.append(_climb(*box, weights, biases, start, enough[i], work[i : i + 1], search))
+    work = torch.cat(found) if found else work
+    work = torch.where(work < 0, work, (work * LEVELS).round() / LEVELS)
+    start = rows.expand(len(lower), *rows.shape)
+    values, inputs, _ = _pull_shared(lower, upper, weights, biases, start, work, True)
+    return work, values, inputs
+
+
+def _climb(
+    lower: Tensor,
+    upper: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    row: Tensor,
+    enough: Tensor,
+    slopes: Tensor,
+    search: tuple[int, float, float],
+) -> Tensor:
+    """The best slopes (1, h) that some steps of Adam meet."""
+    iterations, rate, decay = search
+    first, second = torch.zeros_like(slopes), torch.zeros_like(slopes)
+    best, start, found = torch.tensor(-torch.inf), torch.tensor(-torch.inf), slopes
+    for step in range(1, iterations + 2):
+        slopes = _pull_shared(lower, upper, weights, biases, row, slopes, False)[2]
+        with torch.enable_grad():
+            leaf = slopes.detach().clone().requires_grad_()
+            value = _pull_shared(lower, upper, weights, biases, row, leaf, False)[0][0, 0]
+            gradient = torch.autograd.grad(value, leaf)[0].nan_to_num()
+        value = value.detach()
+        if step == 1:
+            found, start = slopes, value
+        if value > best:
+            best, found = value, slopes
+        late = step > PATIENCE and not best - start > enough - best
+        if bool(value.isnan()) or best > enough or step > iterations or late:
+            break
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient.square()
+        scale = (second / (1 - 0.999**step)).sqrt() + 1e-12
+        moved = (slopes + rate * first / (1 - 0.9**step) / scale).clamp(0, 1)
+        slopes, rate = torch.where(slopes < 0, slopes, moved), rate * decay
+    return found
+
+
+def _pull_shared(
+    lower: Tensor,
+    upper: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Tensor,
+    slopes: Tensor,
+    cuts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (b, s), input rows (b, s, n), and slopes with the usual ones written out."""
+    proper = (lower <= upper).all(1)
+    proper &= all(bool(torch.isfinite(part).all()) for part in (*weights, *biases))
+    sides, used = [_Side(lower, upper)], []
+    sizes = [len(bias) for bias in biases[:-1]]
+    for own, weight, bias in zip(slopes.split(sizes, 1), weights[:-1], biases[:-1], strict=True):
+        ends = _propagate(sides[-1], weight, bias)
+        if len(sides) > 1:
+            new = _tighten(ends, sides, weights, biases)
+            # A gradient flows to the new ends also where the old ones are better.
+            free = _tighten((ends[0] - torch.inf, ends[1] + torch.inf), sides, weights, biases)
+            ends = (
+                new[0].detach() + torch.where(new[0] < 0, free[0] - free[0].detach(), 0),
+                new[1].detach() + torch.where(new[1] > 0, free[1] - free[1].detach(), 0),
+            )
+        proper &= (ends[0] <= ends[1]).all(1)
+        side = _relax(*ends)
+        unstable = (ends[0] < 0) & (ends[1] > 0)
+        usual = torch.zeros_like(ends[0]) if side.lower_slope is None else side.lower_slope
+        own = torch.where(unstable & (own < 0), usual.detach(), own)
+        used.append(own)
+        sides.append(side._replace(lower_slope=torch.where(unstable, own, usual)))
+    values, inputs = _pull(rows @ weights[-1], rows @ biases[-1], sides, weights, biases, cuts)
+    spoil = ~proper[:, None]
+    return (
+        values.masked_fill(spoil, torch.nan),
+        inputs.masked_fill(spoil[..., None], torch.nan),
+        torch.cat([lower[:, :0], *used], dim=1),
+    )
+
+
+def fake_chain_slopes(
+    lower: Tensor,
+    upper: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Tensor,
+    row: Tensor,
+    enough: Tensor,
+    slopes: Tensor,
+    iterations: int,
+    rate: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of the right shapes without values."""
+    count, size, spec = lower.shape[0], lower.shape[1], rows.shape[0]
+    return (
+        torch.empty_like(slopes),
+        lower.new_empty(count, spec),
+        lower.new_empty(count, spec, size),
     )
 
 

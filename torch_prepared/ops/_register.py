@@ -41,6 +41,9 @@ SCHEMAS = {
     "chain_bounds": "(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, "
     "Tensor rows, Tensor? known_lower, Tensor? known_upper) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "chain_slopes": "(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, Tensor rows, "
+    "Tensor row, Tensor enough, Tensor slopes, int iterations, float rate, float decay) "
+    "-> (Tensor, Tensor, Tensor)",
     "row_program": f"({_PROGRAM}, Tensor? shares, Tensor? offsets) -> (Tensor, Tensor, Tensor)",
     "row_program_grad": f"(Tensor grad_lower, {_PROGRAM}, Tensor? shares, Tensor? offsets) "
     "-> (Tensor, Tensor)",
@@ -55,6 +58,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "activation_coefficients_grad": activation.activation_coefficients_grad_reference,
     "interval_linear": linear.interval_linear_reference,
     "chain_bounds": chain.chain_bounds_reference,
+    "chain_slopes": chain.chain_slopes_reference,
     "row_program": program.row_program_reference,
     "row_program_grad": program.row_program_grad_reference,
     "row_shares": program.row_shares_reference,
@@ -93,7 +97,7 @@ def _fake_activation_grad(
     param: float,
     alpha: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to_alpha = lower.new_empty((0,) if alpha is None else lower.shape)
+    to_alpha = lower.new_empty((0,) if alpha is None else (2, *lower.shape))
     return lower.new_empty(lower.shape), lower.new_empty(lower.shape), to_alpha
 
 
@@ -112,6 +116,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "activation_coefficients_grad": _fake_activation_grad,
     "interval_linear": _fake_interval_linear,
     "chain_bounds": chain.fake_chain_bounds,
+    "chain_slopes": chain.fake_chain_slopes,
     "row_program": program.fake_row_program,
     "row_program_grad": program.fake_row_program_grad,
 }
@@ -162,7 +167,7 @@ def _backward_activation(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     alpha = rest[0] if ctx.has_alpha else None
     op = torch.ops.torch_prepared.activation_coefficients_grad
     to_lower, to_upper, to_alpha = op(*grads[:4], lower, upper, ctx.kind, ctx.param, alpha)
-    return to_lower, to_upper, None, None, to_alpha if ctx.has_alpha else None
+    return to_lower, to_upper, None, None, to_alpha[0] if ctx.has_alpha else None
 
 
 def _setup_interval(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -205,6 +210,7 @@ def register_all() -> None:
         "activation_coefficients": (_backward_activation, _setup_activation),
         "interval_linear": (_backward_interval, _setup_interval),
         "chain_bounds": (chain.refuse_gradient, chain.setup_nothing),
+        "chain_slopes": (chain.refuse_gradient, chain.setup_nothing),
         "row_program": (program.row_program_backward, program.row_program_setup),
     }
     for name, (backward, setup) in gradients.items():

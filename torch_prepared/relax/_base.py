@@ -124,6 +124,13 @@ class AffineOperator(Operator):
     traits: ClassVar[Traits] = Traits(affine=True, piecewise_linear=True)
     parametric: ClassVar[bool] = True
 
+    def magnitude(self, node: Node, reach: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        """``sum_i |W_i| reach_i + |bias|``: sizes of all terms behind each output, not negative.
+
+        Of operators whose sums have no signs of their own, by the absolute parameters.
+        """
+        return self.value(node, reach, absolute(node, parameters))
+
     def matrices(
         self, node: Node, shapes: Sequence[tuple[int, ...]], parameters: Parameters
     ) -> tuple[sp.csr_matrix, ...]:
@@ -203,9 +210,10 @@ class ElementwiseOperator(Operator):
 
         Returns:
             ``(below, above)``, each ``(slope (k, n), offset (k, n))``: the minimum over k of the
-            lines below is at most f and the maximum of the lines above at least f, everywhere.
-            So ``u' >= above_k(u)`` for all k and ``l' <= below_k(l)`` for all k are linear rows
-            that give valid output bounds for any valid input bounds of a nondecreasing f.
+            lines below is at most every f(t) with t >= x, and the maximum of the lines above at
+            least every f(t) with t <= x, at all real x. So ``u' >= above_k(u)`` for all k and
+            ``l' <= below_k(l)`` for all k are linear rows that give valid output bounds for any
+            valid input bounds, also where f is not monotone.
 
         Raises:
             UnsupportedOperationError: the operator states no such lines.
@@ -234,15 +242,21 @@ class ElementwiseOperator(Operator):
         parameters: Parameters,
         alpha: Tensor | None = None,
     ) -> PulledBack:
-        b, s = rows.shape[:2]
-        box = boxes[0].map(lambda end: end.reshape(end.shape[0], 1, -1))
+        box = boxes[0].map(lambda end: end.flatten(1))
         if alpha is not None:
+            box = box.map(lambda end: end.unsqueeze(1))
             alpha = alpha.reshape(*alpha.shape[:2], -1)
-        else:
-            box = box.map(lambda end: end.squeeze(1))
-        lines = self.lines(node, box, alpha)
-        moved, bias = ops.relaxed_backward(rows.reshape(b, s, -1), *lines)
+        return self.through(rows, self.lines(node, box, alpha))
+
+    def through(self, rows: Tensor, lines: AffinePair) -> PulledBack:
+        """Rows (b, s, *shape) through lines (b, n) or (b, s, n): one line by each one's sign."""
+        moved, bias = ops.relaxed_backward(rows.flatten(2), *lines)
         return PulledBack((moved.reshape(rows.shape),), bias)
+
+
+def absolute(node: Node, parameters: Parameters) -> dict[str, Tensor]:
+    """Absolute values of the parameters that a node reads."""
+    return {ref.name: parameters[ref.name].abs() for ref in node.params.values()}
 
 
 def unit_rows(index: Tensor, node: Node, like: Tensor) -> Tensor:

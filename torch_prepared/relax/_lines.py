@@ -1,19 +1,9 @@
-"""Valid lines below and above scalar functions, from curvature alone.
+"""Lines that enclose an activation on *all* reals, for intervals whose ends are unknown.
 
-Three rules serve every activation here. With ``f`` differentiable on ``[l, u]``:
-
-- chord: above a convex function; slope ``(f(u) - f(l)) / (u - l)``.
-- tangent at ``d``: below a convex and above a concave function, for any d.
-- S-shape (convex left of 0, concave right of it), upper line, ``l < 0 < u``: with
-  ``phi(d) = f'(d)(d - l) - (f(d) - f(l))``, decreasing for d > 0, the tangent at any d >= 0 with
-  ``phi(d) <= 0`` lies above f on [l, u]: on the concave side as a tangent, on the convex side
-  because it is above f at both ends. If ``phi(u) > 0`` the chord does.
-
-Gradients: the touching point solves ``phi = 0``; one Newton step carries its derivative, the value
-stays the bracket's safe end.
-
-Source: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation
-Functions" (NeurIPS 2018), the tangent rule of section 3.3; bracketing and gradients are ours.
+``above`` lines lie above the largest value left of a point, ``below`` lines below the smallest
+value right of it: the nondecreasing hulls of the function. So ``u' >= above_k(u)`` for all k and
+``l' <= below_k(l)`` for all k bound the image of ``[l, u]``, whether the function is monotone or
+not. All in float64; a line is a slope and an offset (k, n).
 """
 
 from __future__ import annotations
@@ -23,77 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_prepared.core.interval import Interval
+from torch_prepared.ops import Smooth
 
-__all__ = ["Scalar", "chord", "convex_ceiling", "s_shaped_ceiling", "s_shaped_upper", "tangent"]
+__all__ = ["convex_ceiling", "gated_ceiling", "gated_floor", "s_shaped_ceiling"]
 
 Scalar = Callable[[Tensor], Tensor]
 Line = tuple[Tensor, Tensor]
-_BISECTIONS = 50
-
-
-def chord(f: Scalar, slope: Scalar, box: Interval) -> Line:
-    """``(slope, offset)`` of the chord; for tiny widths the midpoint's tangent slope."""
-    lower, upper = box.lower, box.upper
-    f_lower, f_upper = f(lower), f(upper)
-    width = upper - lower
-    flat = width <= 1e-9 * (1 + lower.abs())
-    safe = torch.where(flat, torch.ones_like(width), width)
-    steep = torch.where(flat, slope((lower + upper) / 2), (f_upper - f_lower) / safe)
-    return steep, torch.maximum(f_lower - steep * lower, f_upper - steep * upper)
-
-
-def tangent(f: Scalar, slope: Scalar, at: Tensor) -> Line:
-    """``(slope, offset)`` of the tangent at ``at``."""
-    steep = slope(at)
-    return steep, f(at) - steep * at
-
-
-def s_shaped_upper(
-    f: Scalar, slope: Scalar, curvature: Scalar, box: Interval, alpha: Tensor | None
-) -> Line:
-    """Upper line of a function that is convex left of 0 and concave right of it.
-
-    ``alpha`` in [0, 1] moves the touching point from its leftmost valid place to the upper end.
-    """
-    lower, upper = torch.broadcast_tensors(box.lower, box.upper)
-    start = _touching_point(f, slope, curvature, lower, upper)
-    concave = lower >= 0
-    left = torch.where(concave, lower, start)
-    default = torch.where(concave, torch.full_like(lower, 0.5), torch.zeros_like(lower))
-    share = default if alpha is None else alpha
-    right = torch.maximum(upper, left)
-    touch_slope, touch_offset = tangent(f, slope, left + share * (right - left))
-    chord_slope, chord_offset = chord(f, slope, box)
-    by_chord = (upper <= 0) | (start > upper)
-    return (
-        torch.where(by_chord, chord_slope, touch_slope),
-        torch.where(by_chord, chord_offset, touch_offset),
-    )
-
-
-def _touching_point(
-    f: Scalar, slope: Scalar, curvature: Scalar, lower: Tensor, upper: Tensor
-) -> Tensor:
-    """Smallest safe d in [0, upper] with phi(d) <= 0, or ``upper + 1`` when there is none."""
-
-    def phi(d: Tensor, anchor: Tensor) -> Tensor:
-        return slope(d) * (d - anchor) - (f(d) - f(anchor))
-
-    with torch.no_grad():
-        low, high = torch.zeros_like(upper), upper.clamp_min(0)
-        none = phi(high, lower) > 0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            right = phi(middle, lower) > 0
-            low, high = torch.where(right, middle, low), torch.where(right, high, middle)
-        point = torch.where(none, upper + 1, high)
-    if not (lower.requires_grad or upper.requires_grad):
-        return point
-    steepness = (curvature(point) * (point - lower)).detach()
-    usable = (steepness < -1e-12) & ~none & (lower < 0)
-    step = -phi(point, lower) / torch.where(usable, steepness, -torch.ones_like(steepness))
-    return torch.where(usable, point + (step - step.detach()), point)
+_BISECTIONS = 100
 
 
 def convex_ceiling(f: Scalar, reference: Tensor, reach: float = 4.0, steps: int = 4) -> Line:
@@ -117,15 +43,16 @@ def convex_ceiling(f: Scalar, reference: Tensor, reach: float = 4.0, steps: int 
 def s_shaped_ceiling(f: Scalar, slope: Scalar, reference: Tensor) -> Line:
     """Two lines (2, n) whose maximum is above an S-shaped f on all reals, tight at ``reference``.
 
-    The rising line touches f at some d > 0 and so is above f right of any place ``x0 <= 0`` where
-    it is above: on [0, inf) as a tangent, on [x0, 0] because f is convex there. Left of ``x0`` the
-    constant ``f(x0)`` is above. For a reference right of 0 it touches there; else it passes
-    through the reference, which then is ``x0``.
+    f is convex left of 0 and concave right of it. The rising line touches f at some d > 0 and so
+    is above f right of any place ``x0 <= 0`` where it is above: on [0, inf) as a tangent, on
+    [x0, 0] because f is convex there. Left of ``x0`` the constant ``f(x0)`` is above. For a
+    reference right of 0 it touches there; else it passes through the reference, which then is
+    ``x0``.
     """
     far = torch.full_like(reference, 40.0)
 
     def root(low: Tensor, high: Tensor, positive_right: Scalar) -> tuple[Tensor, Tensor]:
-        for _ in range(2 * _BISECTIONS):
+        for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             right = positive_right(middle) > 0
             low, high = torch.where(right, low, middle), torch.where(right, middle, high)
@@ -146,3 +73,40 @@ def s_shaped_ceiling(f: Scalar, slope: Scalar, reference: Tensor) -> Line:
     _, above = root(-far, torch.zeros_like(reference), lambda x: steep * x + offset - f(x))
     level = f(torch.where(reference > 0, above, reference))
     return torch.stack([steep, torch.zeros_like(steep)]), torch.stack([offset, level])
+
+
+def gated_ceiling(facts: Smooth, inflection: float, reference: Tensor) -> Line:
+    """Three lines (3, n) above ``f(x) = x g(x)`` and its values further left, tight at r.
+
+    g rises from 0 to 1, and f' rises on [-c, c] and falls right of c = ``inflection``. The largest
+    value left of x is ``max(0, f(x))``. Right of 0: ``f(x) / x = g(x)`` rises, so the line through
+    0 and (r, f(r)) is above f on [0, r]; right of r no slope exceeds ``f'(max(r, c))``. With
+    ``r <= 0`` the lines are 0 and x.
+    """
+    value = facts.value(reference)[0]
+    right = reference > 0
+    zero, one = torch.zeros_like(reference), torch.ones_like(reference)
+    inner = torch.where(right, value / torch.where(right, reference, one), one)
+    outer = torch.where(right, facts.derivative(reference.clamp_min(inflection))[0], zero)
+    shift = torch.where(right, value - outer * reference, zero)
+    return torch.stack([zero, inner, outer]), torch.stack([zero, zero, shift])
+
+
+def gated_floor(
+    facts: Smooth, inflection: float, bottom: float, least: float, reference: Tensor
+) -> Line:
+    """Two lines (2, n) below ``f(x) = x g(x)`` and its values further right, tight at r.
+
+    As above; f falls left of ``bottom`` to its minimum ``least`` and rises right of it, by slopes
+    that reach at least 1 from where they first do. With r right of the bottom: on [bottom, r] no
+    slope exceeds ``f'(min(r, c))`` and right of r none is less than ``min(f'(r), 1)``; left of
+    the bottom the first line lies below its value there, which is at most ``least``. Else the
+    constant ``least``.
+    """
+    value = facts.value(reference)[0]
+    right = reference > bottom
+    zero = torch.zeros_like(reference)
+    before = facts.derivative(reference.clamp(bottom, inflection))[0]
+    after = facts.derivative(reference.clamp_min(bottom))[0].clamp_max(1.0)
+    slopes = torch.stack([torch.where(right, s, zero) for s in (before, after)])
+    return slopes, torch.where(right, value - slopes * reference, least)

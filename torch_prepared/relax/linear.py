@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from torch_prepared.core.graph import Node
 from torch_prepared.core.interval import Interval
-from torch_prepared.relax._base import AffineOperator, Parameters, PulledBack, dot
+from torch_prepared.relax._base import AffineOperator, Parameters, PulledBack, absolute, dot
 from torch_prepared.relax._registry import register
 
 __all__ = ["BatchNorm", "Linear", "Scale"]
@@ -111,6 +111,14 @@ class BatchNorm(ElementwiseAffine):
     """Batch normalization with stored statistics (evaluation mode), along the first axis."""
 
     op = "batch_norm"
+
+    def magnitude(self, node: Node, reach: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        # The shift subtracts the mean: its size is that of a mean of the opposite sign.
+        mean, variance = node.params["mean"].name, node.params["var"].name
+        sizes = absolute(node, parameters)
+        return self.value(
+            node, reach, {**sizes, mean: -sizes[mean], variance: parameters[variance]}
+        )
 
     def constants(self, node: Node, parameters: Parameters) -> tuple[Tensor | None, Tensor | None]:
         mean = _required(node, "mean", parameters)

@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torch_prepared import ops
 from torch_prepared.core.graph import Node
 from torch_prepared.core.interval import Interval
 from torch_prepared.errors import UnsupportedOperationError
-from torch_prepared.relax._base import AffinePair, ElementwiseOperator, Lines, Traits
+from torch_prepared.relax._base import AffinePair, Lines, Traits
+from torch_prepared.relax._kernel import KernelActivation
 from torch_prepared.relax._registry import register
 
 __all__ = ["LeakyReLU", "ReLU"]
 
 
-class TwoPiece(ElementwiseOperator):
+class TwoPiece(KernelActivation):
     """``max(x, a x)`` with ``0 <= a <= 1``: convex, one kink at zero.
 
     Upper line: the chord. Lower line: any slope in [a, 1] through the origin; by default the one
@@ -33,19 +35,19 @@ class TwoPiece(ElementwiseOperator):
     def function(self, node: Node, x: Tensor) -> Tensor:
         return F.leaky_relu(x, self.small_slope(node))
 
+    def kind(self, node: Node) -> tuple[str, float]:
+        return "leaky_relu", self.small_slope(node)
+
     def affine(self, node: Node, box: Interval, alpha: Tensor | None = None) -> AffinePair:
-        lower, upper, a = box.lower, box.upper, self.small_slope(node)
-        one = torch.ones_like(lower)
-        unstable = (lower < 0) & (upper > 0)
-        width = torch.where(unstable, upper - lower, one)
-        stable_slope = torch.where(lower >= 0, one, a * one)
-        upper_slope = torch.where(unstable, (upper - a * lower) / width, stable_slope)
-        # lower * (upper / width) neither overflows nor underflows where the box itself does not.
-        upper_offset = torch.where(unstable, (a - 1) * lower * (upper / width), 0 * one)
-        share = self.alpha_start(node, box) if alpha is None else alpha
-        lower_slope = torch.where(unstable, a + (1 - a) * share, stable_slope)
-        lower_offset = torch.zeros_like(lower_slope)
-        return AffinePair(lower_slope, lower_offset, upper_slope, upper_offset)
+        kind, a = self.kind(node)
+        slope, offset, *above = ops.activation_lines(box.lower, box.upper, kind, a)
+        # The line below is piecewise constant in the box, so no gradient needs to pass it.
+        pair = AffinePair(slope.detach(), offset.detach(), *above)
+        if alpha is None:
+            return pair
+        # One upper line serves the lower lines of all rows.
+        free = a + (1 - a) * alpha
+        return pair._replace(lower_slope=torch.where(self.stable(box), pair.lower_slope, free))
 
     def alpha_start(self, node: Node, box: Interval) -> Tensor:
         return (box.upper > -box.lower).to(box.lower.dtype)

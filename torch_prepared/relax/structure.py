@@ -100,6 +100,9 @@ class Add(AffineOperator):
             total = term if total is None else total + term
         return total  # type: ignore[return-value]
 
+    def magnitude(self, node: Node, reach: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        return torch.stack(list(reach)).sum(0)
+
     def interval(self, node: Node, boxes: Sequence[Interval], parameters: Parameters) -> Interval:
         signs = _signs(node)
         ordered = [
@@ -131,6 +134,9 @@ class ReduceSum(AffineOperator):
         total: Tensor = inputs[0].sum(dim=[axis + 1 for axis in _axes(node)])
         total = total * float(node.attrs["scale"])  # type: ignore[arg-type]
         return total.reshape(total.shape[0], *node.shape)
+
+    def magnitude(self, node: Node, reach: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        return self.value(node, reach, parameters).abs()
 
     def interval(self, node: Node, boxes: Sequence[Interval], parameters: Parameters) -> Interval:
         ends = boxes[0].map(lambda end: self.value(node, [end], parameters))

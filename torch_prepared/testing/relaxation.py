@@ -245,7 +245,10 @@ class ElementwiseSuite(OperatorSuite):
     def test_enclosing_lines_hold_on_all_reals(
         self, case: OperatorCase, data: st.DataObject
     ) -> None:
-        """``min_k below_k <= f <= max_k above_k`` far beyond the reference, tight at it."""
+        """``min_k below_k(x) <= f(t), t >= x`` and ``f(t) <= max_k above_k(x), t <= x``; tight.
+
+        Far beyond the reference; tight at its ends.
+        """
         operator = _elementwise(case)
         if not operator.parametric:
             pytest.skip("the operator states no lines for unknown bounds")
@@ -254,32 +257,55 @@ class ElementwiseSuite(OperatorSuite):
         far = torch.tensor([sign * x for x in _FAR for sign in (1, -1)], dtype=torch.float64)
         near = box.center + torch.linspace(-9, 9, 37, dtype=torch.float64).unsqueeze(1)
         x = torch.cat([far.unsqueeze(1).expand(-1, case.node.size), near])
-        f = operator.function(case.node, x)
-        for lines, pick in ((below, torch.amin), (above, torch.amax)):
+        for lines, pick, sign in ((below, torch.amin, 1.0), (above, torch.amax, -1.0)):
             values = lines[0].unsqueeze(1) * x + lines[1].unsqueeze(1)
+            hull = _hull(operator, case.node, x, sign)
             sizes = (lines[0].unsqueeze(1) * x).abs() + lines[1].unsqueeze(1).abs()
-            slack = ULPS * 2.0**-52 * (sizes.amax(0) + f.abs())
-            sign = 1.0 if pick is torch.amin else -1.0
-            assert bool((sign * (f - pick(values, dim=0)) >= -slack).all())
-            at = box.lower if pick is torch.amin else box.upper
+            slack = ULPS * 2.0**-52 * (sizes.amax(0) + hull.abs())
+            assert bool((sign * (hull - pick(values, dim=0)) >= -slack).all())
+            at = (box.lower if pick is torch.amin else box.upper).unsqueeze(0)
             touch = pick(lines[0] * at + lines[1], dim=0)
             room = 1e-9 * (1 + (lines[0] * at).abs().amax(0))
-            assert bool(((touch - operator.function(case.node, at)).abs() <= room).all())
+            assert bool(((touch - _hull(operator, case.node, at, sign)[0]).abs() <= room).all())
 
     @pytest.mark.parametrize(
         "ends", [(-1.3, 0.9), (0.4, 2.1), (-2.2, -0.3), (-0.2, 3.0), (-4.0, 0.3)]
     )
     def test_gradients_of_lines(self, case: OperatorCase, ends: tuple[float, float]) -> None:
-        """Lines are differentiable in the ends of the box and in alpha."""
+        """Lines are differentiable in the ends of the box, and in alpha where they move with it.
+
+        Where a valid range keeps a line from moving, its gradient in alpha may be the one into
+        the range.
+        """
         operator = _elementwise(case)
         lower = torch.full((2,), ends[0], dtype=torch.float64, requires_grad=True)
         upper = torch.full((2,), ends[1], dtype=torch.float64, requires_grad=True)
-        alpha = torch.tensor([0.3, 0.8], dtype=torch.float64, requires_grad=True)
+        alpha = torch.tensor([0.3, 0.8], dtype=torch.float64)
 
-        def lines(low: Tensor, high: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+        def lines(low: Tensor, high: Tensor, share: Tensor = alpha) -> tuple[Tensor, ...]:
             return tuple(operator.affine(case.node, Interval(low, high), share))
 
-        assert torch.autograd.gradcheck(lines, (lower, upper, alpha))
+        assert torch.autograd.gradcheck(lines, (lower, upper))
+        for part in range(4):
+            free = alpha.clone().requires_grad_()
+            value = lines(lower.detach(), upper.detach(), free)[part]
+            if not value.requires_grad:
+                continue
+            (gradient,) = torch.autograd.grad(value.sum(), free)
+            ahead, behind = (
+                lines(lower.detach(), upper.detach(), alpha + h)[part] for h in (1e-6, -1e-6)
+            )
+            moved = ahead != behind
+            expected = (ahead - behind) / 2e-6
+            torch.testing.assert_close(gradient[moved], expected[moved], rtol=1e-6, atol=1e-8)
+
+
+def _hull(operator: ElementwiseOperator, node: Node, x: Tensor, sign: float) -> Tensor:
+    """Least value right of x (sign > 0), or largest value left of it."""
+    rim = torch.full_like(x, 1e13)
+    if sign > 0:
+        return operator.interval(node, [Interval(x, torch.maximum(x, rim))], {}).lower
+    return operator.interval(node, [Interval(torch.minimum(x, -rim), x)], {}).upper
 
 
 def check_lines(
