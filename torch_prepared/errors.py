@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "CertificateError",
+    "ClusterError",
     "InfeasibleEditError",
     "MissingDependencyError",
     "ModelFormatError",
@@ -49,6 +50,10 @@ class CertificateError(PreparedError, ValueError):
 
 class ReportError(PreparedError, ValueError):
     """The report file of an edit is malformed, or speaks of files that changed since."""
+
+
+class ClusterError(PreparedError, RuntimeError):
+    """Another process of a group is gone or silent, or a job cannot be submitted."""
 
 
 class MissingDependencyError(PreparedError, ImportError):

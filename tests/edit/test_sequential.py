@@ -12,7 +12,7 @@ from torch_prepared.bounds import PropertyBatch
 from torch_prepared.certify import Verdict
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.rows import LinearRows, Unknowns
-from torch_prepared.edit import sequential
+from torch_prepared.edit import _linearize, sequential
 from torch_prepared.edit._base import Norm
 from torch_prepared.edit._bundle import Bundle
 from torch_prepared.edit._certify import certify_network
@@ -20,6 +20,7 @@ from torch_prepared.edit._distance import AtomicDistance, QuadraticDistance
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._metric import euclidean_metric
 from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.solvers import minimize_norm, solve
 from torch_prepared.specs import Box, Property, SafeSet
@@ -213,3 +214,27 @@ def test_parts_of_a_graph_without_bends_have_no_slopes() -> None:
     assert slopes.shape == (1, 0)
     line = margins.linearize(start(margins), slopes, value, torch.tensor([0]))
     assert bool(torch.isfinite(line.jacobian).all())
+
+
+def test_a_layer_that_is_not_there_is_refused_in_one_line() -> None:
+    graph = NETWORKS["mlp"]()
+    for name in ("nope", graph.nodes[2].name):  # the second is an activation
+        with pytest.raises(SpecError, match="expected editable layers"):
+            ParameterVector.of(graph, (name,))
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_gradients_do_not_depend_on_what_shares_a_pass(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    margins, _ = margin_function(name, count=5)
+    value, slopes = margins.choose(start(margins))
+    rows = torch.randperm(len(value), generator=torch.Generator().manual_seed(0))[:7]
+    found = []
+    for size in (1, 2, 100):
+        monkeypatch.setattr(_linearize, "BLOCK", size)
+        monkeypatch.setattr(_linearize, "BLOCK_FLOPS", 1e30)
+        found.append(margins.linearize(start(margins), slopes, value, rows))
+        assert torch.equal(found[-1].rows, rows)
+    for other in found[1:]:
+        torch.testing.assert_close(other.jacobian, found[0].jacobian, rtol=1e-4, atol=1e-5)

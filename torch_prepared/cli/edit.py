@@ -16,12 +16,16 @@ from torch_prepared.cli._edit_outcome import edit_outcome
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import StagedFiles, staged_files
+from torch_prepared.cli._team import command_team
 from torch_prepared.cli.check import CheckConfig, replay_certificate
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from torch_prepared.cluster import RankTeam
+    from torch_prepared.core.graph import Graph
     from torch_prepared.core.onnx import OnnxNetwork
+    from torch_prepared.edit import EditResult
     from torch_prepared.edit.verify import CrossCheck
     from torch_prepared.specs import Property
 
@@ -51,6 +55,7 @@ class EditConfig:
     keep: tuple[Path, ...] = ()
     holdout: tuple[Path, ...] = ()
     report: Path | None = None
+    checkpoint: Path | None = None
     settings: Settings = field(default_factory=Settings)
 
     @property
@@ -60,8 +65,19 @@ class EditConfig:
         return files if self.preserve is None else [*files, self.preserve]
 
 
-def run_edit(config: EditConfig) -> Outcome:
+@dataclass(frozen=True)
+class _Found:
+    """What was to hold, and the edit that was found."""
+
+    properties: tuple[Property, ...]
+    keep: tuple[Property, ...]
+    result: EditResult[nn.Module | OnnxNetwork | Graph]
+
+
+def run_edit(config: EditConfig, team: RankTeam | None = None) -> Outcome:
     """Edit, write, read back, replay the certificate, attack; files appear only if all agree.
+
+    In a team the ranks that do not lead help with the edit, and neither write nor attack.
 
     Raises:
         click.UsageError: an output that cannot be written.
@@ -72,10 +88,13 @@ def run_edit(config: EditConfig) -> Outcome:
     # Imported here so that help and usage errors come without the delay of loading NumPy.
     from torch_prepared.cli._report_file import write_record
 
+    if team is not None and not team.leads:
+        certified = _find(config, team).result.status.value == "certified"
+        return Outcome(ExitCode.PROVED if certified else ExitCode.UNKNOWN, {}, "")
     wanted = [config.output, config.certificate]
     wanted += [] if config.report is None else [config.report]
     with staged_files(wanted, config.sources) as staged:
-        outcome = _edit(config, staged)
+        outcome = _edit(config, staged, team)
         certified = outcome.code is ExitCode.PROVED
         if config.report is not None:
             edited = staged.paths[0] if certified else None
@@ -87,21 +106,19 @@ def run_edit(config: EditConfig) -> Outcome:
     return outcome
 
 
-def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
+def _find(config: EditConfig, team: RankTeam | None) -> _Found:
     # Imported here so that help and usage errors come without the delay of loading torch.
     from torch_prepared.cli._inputs import load_network, load_properties
-    from torch_prepared.core.onnx import OnnxNetwork, save_onnx
     from torch_prepared.edit import edit_network
 
-    clock = time.monotonic()
-    limit = config.time_limit
-    after = _AFTER_MOST if limit is None else min(_AFTER_MOST, _AFTER_SHARE * limit)
+    clock, limit = time.monotonic(), config.time_limit
     network = load_network(config.model, config.settings.device)
     properties = load_properties(config.properties, network)
     keep = load_properties(config.keep, network)
     inputs, labels = _reference(config)
-    seed = config.settings.seed
-    left = None if limit is None else max(limit - after - (time.monotonic() - clock), 0.1)
+    left = None
+    if limit is not None:
+        left = max(limit - _after(limit) - (time.monotonic() - clock), 0.1)
     result = edit_network(
         network,
         properties,
@@ -116,10 +133,27 @@ def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
         margin=config.margin,
         time_limit=left,
         threads=config.settings.threads,
-        seed=seed,
-        progress=config.settings.progress,
+        seed=config.settings.seed,
+        progress=config.settings.progress and (team is None or team.leads),
         raise_on_failure=False,
+        team=team,
+        checkpoint=config.checkpoint,
     )
+    return _Found(properties, keep, result)
+
+
+def _after(limit: float | None) -> float:
+    """Seconds for the attack on the written file."""
+    return _AFTER_MOST if limit is None else min(_AFTER_MOST, _AFTER_SHARE * limit)
+
+
+def _edit(config: EditConfig, staged: StagedFiles, team: RankTeam | None) -> Outcome:
+    # Imported here, like above.
+    from torch_prepared.core.onnx import OnnxNetwork, save_onnx
+
+    clock, limit = time.monotonic(), config.time_limit
+    found = _find(config, team)
+    result = found.result
     report = result.report
     if result.certificate is None or not isinstance(result.model, OnnxNetwork):
         return edit_outcome(config, report, clock, "unknown", report.message or "no certified edit")
@@ -136,8 +170,11 @@ def _edit(config: EditConfig, staged: StagedFiles) -> Outcome:
     if not replay.certified:
         reason = f"the files as written are not certified: {replay.reason}"
         return edit_outcome(config, report, clock, "unknown", reason, replay=replay)
-    spare = after if limit is None else min(after, max(limit - (time.monotonic() - clock), 1.0))
-    cross = _attack_file(staged.paths[0], (*properties, *keep), result.worst_inputs, spare, seed)
+    spare = _after(limit)
+    if limit is not None:
+        spare = min(spare, max(limit - (time.monotonic() - clock), 1.0))
+    every, seed = (*found.properties, *found.keep), config.settings.seed
+    cross = _attack_file(staged.paths[0], every, result.worst_inputs, spare, seed)
     if cross.violations:
         reason = (
             "SOUNDNESS ALARM: onnxruntime violates a certified property "
@@ -255,6 +292,11 @@ class _Domain(click.ParamType[tuple[float, float]]):
     multiple=True,
     help="Property (.vnnlib) to report on before and after, unseen by the editor. Repeatable.",
 )
+@click.option(
+    "--checkpoint",
+    type=FILE,
+    help="Folder to note progress in; the same command goes on from there.",
+)
 @click.option("--report", type=FILE, help="Write all numbers here (.json), even of a failed edit.")
 @click.option("--layers", help="Names of the layers that may change, with commas between.")
 @common_options
@@ -274,6 +316,7 @@ def command(
     keep: tuple[Path, ...],
     holdout: tuple[Path, ...],
     report: Path | None,
+    checkpoint: Path | None,
 ) -> None:
     """Change MODEL (.onnx) as little as possible until PROPERTIES (.vnnlib) are certified.
 
@@ -298,6 +341,11 @@ def command(
         keep=keep,
         holdout=holdout,
         report=report,
+        checkpoint=checkpoint,
         settings=settings,
     )
-    finish(run_edit(config), settings.json)
+    with command_team() as team:
+        outcome = run_edit(config, team)
+    if team is not None and not team.leads:
+        raise click.exceptions.Exit(int(outcome.code))
+    finish(outcome, settings.json)

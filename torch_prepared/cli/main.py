@@ -26,6 +26,8 @@ _COMMANDS = (
     "calibrate",
     "pointwise",
     "audit",
+    "submit",
+    "collect",
     "info",
     "demo",
 )

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._metric import Metric, behavior_metric, euclidean_metric
+from torch_prepared.edit._team import Team
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import SpecError
 from torch_prepared.specs import Property
@@ -58,6 +60,8 @@ class EditOptions:
         layers: names of the layers an edit may change; None lets the editor choose.
         threads: CPU threads for solvers; None leaves the libraries' default.
         seed: of everything random.
+        team: processes that share the work; None does all of it here.
+        checkpoint: folder for where the edit stands, so that a run that is cut short can go on.
     """
 
     norm: Norm | None = None
@@ -65,6 +69,8 @@ class EditOptions:
     layers: tuple[str, ...] | None = None
     threads: int | None = None
     seed: int = 0
+    team: Team | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ class EditProblem:
     properties: tuple[Property, ...]
     reference: Reference
     options: EditOptions
+    _metrics: dict[tuple[object, ...], Metric] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def exact(self) -> Graph:
@@ -121,7 +130,13 @@ class EditProblem:
         if norm is Norm.L2:
             return euclidean_metric()
         if norm in (None, Norm.BEHAVIOR):
-            return behavior_metric(self.graph, vector, reference, self.options.seed, damping)
+            key = (vector, id(reference), damping)
+            if key not in self._metrics:
+                self._metrics.clear()  # one at a time: its sketch may be large
+                self._metrics[key] = behavior_metric(
+                    self.graph, vector, reference, self.options.seed, damping
+                )
+            return self._metrics[key]
         raise SpecError(
             f"norm: got '{norm.value}', which only method 'one_shot' minimizes; expected "
             "'behavior' or '2' here"

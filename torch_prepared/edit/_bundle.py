@@ -45,8 +45,8 @@ class Bundle:
             newest = self.age.argsort(stable=True)[: max(room - len(line.rows), 0)]
             self._keep(torch.zeros(len(self), dtype=torch.bool).index_fill_(0, newest, True))
         value = line.value[line.rows]
-        self.rows = self.distance.extend(self.rows, line.jacobian)
-        self.const = torch.cat([self.const, value - line.jacobian.double() @ theta])
+        self.rows = line.append(self.distance, self.rows)
+        self.const = torch.cat([self.const, value - line.effect(theta)])
         self.index = torch.cat([self.index, line.rows])
         self.age = torch.cat([self.age, torch.zeros_like(line.rows)])
 
@@ -57,14 +57,14 @@ class Bundle:
         """
         if self.rows is None:
             return self.const
-        said = self.const + (self.rows.jacobian @ theta.float()).double()
+        said = self.const + self.rows.effect(theta)
         return torch.maximum(said, value[self.index])
 
     def along(self, delta: Tensor) -> Tensor:
         """Linear effect (m,) of a change (p,) on every row."""
         if self.rows is None:
             return self.const
-        return (self.rows.jacobian @ delta.float()).double()
+        return self.rows.effect(delta)
 
     def used(self, multipliers: Floats) -> None:
         """Note which rows the last step leaned on; forget those idle for long."""

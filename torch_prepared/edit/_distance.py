@@ -45,6 +45,14 @@ class Rows:
         """The rows at positions ``kept``."""
         return Rows(self.jacobian[kept], self.inverse[kept], self.gram[kept][:, kept])
 
+    def effect(self, vector: Tensor) -> Tensor:
+        """Inner products (m,) with a vector (p,), float64."""
+        return (self.jacobian @ vector.float()).double()
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """The step (p,), float64, whose multipliers are ``weights`` (m,)."""
+        return (weights.to(self.inverse) @ self.inverse).double()
+
 
 @dataclass(frozen=True)
 class Step:
@@ -92,8 +100,7 @@ class QuadraticDistance(Distance):
         answer = project(rows.gram, lift)
         if answer.status is Status.INFEASIBLE:
             return None
-        weights = torch.from_numpy(answer.multipliers).to(rows.inverse)
-        return Step((weights @ rows.inverse).double(), answer.multipliers)
+        return Step(rows.combine(torch.from_numpy(answer.multipliers)), answer.multipliers)
 
 
 @dataclass(frozen=True)

@@ -270,8 +270,9 @@ class Run:
                 mine, _ = prove(graph, [task.every[i] for i in active])
         proofs = dict(zip(active, mine, strict=True)) | {first + k: p for k, p in kept.items()}
         metadata = {"generator": f"torch_prepared {__version__}", "method": method}
+        certify = certify_network if task.options.team is None else task.options.team.certify
         with self._timed("check"):
-            certified = certify_network(
+            certified = certify(
                 graph, task.every, [proofs[i] for i in sorted(proofs)], metadata, Deadline(grace)
             )
         drawdown = task.reference.drawdown(graph) if certified.holds else None

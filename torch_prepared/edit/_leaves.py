@@ -29,11 +29,13 @@ class PropertyRows:
 
     Args:
         graph: the network, float64.
+        quick: the network in the dtype that sub-boxes are bounded in.
         batch: exactly one property.
         vector: which parameters move; p scalars.
     """
 
     graph: Graph
+    quick: Graph
     batch: PropertyBatch
     vector: ParameterVector
 
@@ -57,21 +59,25 @@ class PropertyRows:
             boxes: (q, n).
             alphas: relaxation slopes by node, (q, *input shape), held fixed; None: CROWN's.
         """
+        batch = self.batch.to(self.quick.dtype)
 
         def single(t: Tensor, lower: Tensor, upper: Tensor, own: dict[str, Tensor]) -> Tensor:
             region, changed = RegionBatch(lower[None], upper[None]), self.vector.split(t)
             given = {name: value[None, None] for name, value in own.items()} or None
             if given is None:
-                known = bound_nodes(self.graph, region, parameters=changed, every=True)
+                known = bound_nodes(self.quick, region, parameters=changed, every=True)
             else:
-                known = bound_held_nodes(self.graph, region, changed, given, every=True)
+                known = bound_held_nodes(self.quick, region, changed, given, every=True)
             values = bound_rows(
-                self.graph, region, known, self.batch.rows, parameters=changed, alphas=given
+                self.quick, region, known, batch.rows, parameters=changed, alphas=given
             ).lower
-            return self.batch.margins(values + self.batch.offset)[0]
+            return batch.margins(values + batch.offset)[0]
 
         rows = vmap(grad_and_value(single), (None, 0, 0, 0), chunk_size=self._chunk())
-        return rows(theta, boxes.lower, boxes.upper, dict(alphas or {}))
+        kind = self.quick.dtype
+        given = {name: value.to(kind) for name, value in (alphas or {}).items()}
+        jacobian, values = rows(theta.to(kind), boxes.lower.to(kind), boxes.upper.to(kind), given)
+        return jacobian.double(), values.double()
 
     def _point_margins(self, theta: Tensor, points: Tensor) -> Tensor:
         y = evaluate_graph(self.graph, points, self.vector.split(theta)).flatten(1)

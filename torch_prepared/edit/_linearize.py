@@ -8,13 +8,17 @@ the slopes they were computed for, and the slopes are data of a point like its w
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torch_prepared.bounds import PropertyBatch, bound_rows, certified_margin
+from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.bounds.cost import crown_flops
 from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.certify import ProofTree, Slopes
 from torch_prepared.core.graph import Graph, Node
@@ -26,7 +30,12 @@ from torch_prepared.relax import lookup
 from torch_prepared.relax.relu import TwoPiece
 from torch_prepared.specs import Property
 
+if TYPE_CHECKING:
+    from torch_prepared.edit._distance import Distance, Rows
+
 __all__ = ["Linearization", "MarginFunction"]
+
+BLOCK, BLOCK_FLOPS = 4, 4e7  #: most properties, and operations, of one backward pass
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,14 @@ class Linearization:
     rows: Tensor
     jacobian: Tensor
 
+    def effect(self, vector: Tensor) -> Tensor:
+        """Inner products (k,) of the gradients with a vector (p,), float64."""
+        return self.jacobian.double() @ vector
+
+    def append(self, distance: Distance, rows: Rows | None) -> Rows:
+        """``rows`` and then the gradients."""
+        return distance.extend(rows, self.jacobian)
+
 
 @dataclass(frozen=True)
 class MarginFunction:
@@ -56,8 +73,15 @@ class MarginFunction:
     batch: PropertyBatch
     vector: ParameterVector
 
-    def on(self, batch: PropertyBatch) -> MarginFunction:
-        """The same margins for other regions."""
+    def scaled(self, size: float) -> MarginFunction:
+        """The same margins for regions' bounding boxes shrunk around their centers.
+
+        Only to find a start with: the boxes are not rounded outward.
+        """
+        center = (self.batch.regions.lower + self.batch.regions.upper) / 2
+        radius = size * (self.batch.regions.upper - self.batch.regions.lower) / 2
+        regions = RegionBatch(center - radius, center + radius)
+        batch = dataclasses.replace(self.batch, regions=regions)
         return MarginFunction(self.graph, batch, self.vector)
 
     @cached_property
@@ -91,15 +115,31 @@ class MarginFunction:
     def linearize(
         self, theta: Tensor, slopes: Tensor, value: Tensor, rows: Tensor
     ) -> Linearization:
-        """Gradients of margins ``rows`` (k,) in one batched backward pass."""
-        if not len(rows):
-            return Linearization(value, rows, torch.zeros(0, len(theta)))
+        """Gradients of margins ``rows`` (k,), some properties at a time.
+
+        A property's margins depend on its own bounds only, yet one backward pass carries every row
+        through every property of its batch: work that grows with the square of the batch.
+        """
+        size = max(1, min(BLOCK, int(BLOCK_FLOPS / crown_flops(self.graph))))
+        jacobian = torch.zeros(len(rows), len(theta))
+        block = self.owners[rows] // size
+        for part in block.unique().tolist():
+            mine = block == part
+            jacobian[mine] = self._gradients(
+                theta, slopes, rows[mine], slice(part * size, (part + 1) * size)
+            )
+        return Linearization(value, rows, jacobian)
+
+    def _gradients(self, theta: Tensor, slopes: Tensor, rows: Tensor, part: slice) -> Tensor:
+        """Gradients of margins ``rows`` (k,) of the properties in ``part``: (k, p), float32."""
+        graph, batch = self._single
         point = theta.detach().float().requires_grad_()
         with torch.enable_grad():
-            margins, _ = self._margins(*self._single, point, slopes.float())
-        units = torch.nn.functional.one_hot(rows, len(value)).to(margins)
+            margins, _ = self._margins(graph, batch[part], point, slopes[part].float())
+        first = int((self.owners < part.start).sum())
+        units = torch.nn.functional.one_hot(rows - first, len(margins)).to(margins)
         (jacobian,) = torch.autograd.grad(margins, point, units, is_grads_batched=True)
-        return Linearization(value, rows, jacobian)
+        return jacobian
 
     def proofs(
         self, theta: Tensor, slopes: Tensor, properties: tuple[Property, ...]

@@ -282,8 +282,10 @@ def _largest_eigenpairs(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors of a positive semidefinite matrix, at least all above ``least``.
 
     By subspace iteration where few are that large (Halko, Martinsson and Tropp, 2011), else all.
+    In float32: a metric needs no more, and it is twice as fast.
     """
-    k = len(gram)
+    k, wide = len(gram), gram.dtype
+    gram = gram.float()
     if k > 2 * SUBSPACE:
         generator = torch.Generator().manual_seed(0)
         basis = torch.randn(k, SUBSPACE, generator=generator, dtype=gram.dtype)
@@ -291,9 +293,9 @@ def _largest_eigenpairs(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
             basis = torch.linalg.qr(gram @ basis).Q
         values, inner = torch.linalg.eigh(basis.T @ gram @ basis)
         if float(values[0]) < 0.5 * least:
-            return values, basis @ inner
-    full: tuple[Tensor, Tensor] = torch.linalg.eigh(gram)
-    return full
+            return values.to(wide), (basis @ inner).to(wide)
+    values, vectors = torch.linalg.eigh(gram)
+    return values.to(wide), vectors.to(wide)
 
 
 def _sketch(

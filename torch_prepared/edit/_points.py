@@ -33,7 +33,7 @@ class PointSet:
         walk: moved by :meth:`seek` and :meth:`satisfy`.
         properties: one per entry of ``rows``.
         rows: margins as functions of the weights.
-        aim: margin that points must reach.
+        aim: margin that points must reach; may be raised later.
         generator: for attacks.
     """
 
@@ -46,7 +46,7 @@ class PointSet:
         generator: torch.Generator,
     ) -> None:
         self._walk, self._properties, self._rows = walk, tuple(properties), tuple(rows)
-        self._aim, self._generator = aim, generator
+        self.aim, self._generator = aim, generator
         self._points = [
             torch.zeros(0, p.region.size, dtype=torch.float64) for p in self._properties
         ]
@@ -61,7 +61,7 @@ class PointSet:
             found = 0
             for i, (prop, rows) in enumerate(zip(self._properties, self._rows, strict=True)):
                 low = low_points(
-                    rows, self._walk.theta, prop.region, LOW * self._aim, self._generator
+                    rows, self._walk.theta, prop.region, LOW * self.aim, self._generator
                 )
                 self.add(i, low)
                 found += len(low)
@@ -79,7 +79,7 @@ class PointSet:
         """
         for _ in range(STEPS):
             lowest = self.lowest(self._walk.theta)
-            if lowest >= 0.95 * self._aim or deadline.over:
+            if lowest >= 0.95 * self.aim or deadline.over:
                 break
             if not self._rise(lowest):
                 return
@@ -117,14 +117,14 @@ class PointSet:
         """One step upward; False when no step does."""
         walk = self._walk
         jacobian, value = self.rows()
-        wanted = 1.02 * self._aim - value
+        wanted = 1.02 * self.aim - value
         shares = ((True, 1.0), (False, 1.0), (False, 0.3), (False, 0.1), (False, 0.03))
         for forget, share in shares:
             rise = wanted.clamp_max(share * float(wanted.max()))
             step = walk.nearest(jacobian, rise) if forget else walk.shortest(jacobian, rise)
             if step is None:
                 continue
-            promised = min(float(rise.max()), self._aim - lowest)
+            promised = min(float(rise.max()), self.aim - lowest)
             if self.lowest(walk.theta + step) > lowest + FAIR_SHARE * promised:
                 walk.theta = walk.theta + step
                 return True
@@ -140,17 +140,17 @@ class PointSet:
         jacobian, value = self.rows()
         if not len(value):
             return False
-        step = walk.nearest(jacobian, 1.02 * self._aim - value)
+        step = walk.nearest(jacobian, 1.02 * self.aim - value)
         if step is None:
             return False
         for share in (1.0, 0.5, 0.25, 0.1):
             walk.theta = start + share * step
-            if self.lowest(walk.theta) < KEPT * self._aim:
-                again, value = self.rows(near=2 * self._aim)
-                repair = walk.shortest(again, 1.02 * self._aim - value)
+            if self.lowest(walk.theta) < KEPT * self.aim:
+                again, value = self.rows(near=2 * self.aim)
+                repair = walk.shortest(again, 1.02 * self.aim - value)
                 if repair is not None:
                     walk.theta = walk.theta + repair
-            if walk.distance() < 0.97 * distance and self.lowest(walk.theta) >= KEPT * self._aim:
+            if walk.distance() < 0.97 * distance and self.lowest(walk.theta) >= KEPT * self.aim:
                 return True
         walk.theta = start
         return False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.core.graph import Graph
+from torch_prepared.errors import SpecError
 
 __all__ = ["ParameterVector"]
 
@@ -22,7 +23,21 @@ class ParameterVector:
 
     @classmethod
     def of(cls, graph: Graph, layers: tuple[str, ...] | None = None) -> ParameterVector:
-        """The editable parameters of ``layers``, or of all layers, in the graph's order."""
+        """The editable parameters of ``layers``, or of all layers, in the graph's order.
+
+        Raises:
+            SpecError: a layer that the network does not have, or that has no editable parameter.
+        """
+        every = {
+            node.name: None
+            for node in graph.nodes
+            if any(ref.name in graph.editable for ref in node.params.values())
+        }
+        strange = [name for name in layers or () if name not in every]
+        if strange:
+            raise SpecError(
+                f"layers: got {strange[0]!r}; expected editable layers: {', '.join(every)}"
+            )
         names: dict[str, None] = {}
         for node in graph.nodes:
             if layers is None or node.name in layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._driver import Run, Task
 from torch_prepared.edit._result import EditResult
 from torch_prepared.edit._source import Network, read_network
+from torch_prepared.edit._team import Team
 from torch_prepared.edit.auto import AutoEditor
 from torch_prepared.edit.one_shot import OneShotEditor
 from torch_prepared.edit.refine import RefineEditor
@@ -52,6 +54,8 @@ def edit_network(
     seed: int = 0,
     progress: bool = False,
     raise_on_failure: bool = True,
+    team: Team | None = None,
+    checkpoint: str | Path | None = None,
 ) -> EditResult[nn.Module | OnnxNetwork | Graph]:
     """Change a network as little as possible so that properties provably hold.
 
@@ -77,6 +81,10 @@ def edit_network(
         seed: of everything random.
         progress: show a bar on stderr.
         raise_on_failure: raise when no certified edit was found; otherwise the status says so.
+        team: processes that share the work, every one of which makes this same call; see
+            ``cluster.join_team``. Only ``sequential`` has work to share.
+        checkpoint: folder in which ``sequential`` notes where it stands; the same call goes on
+            from there. Remove it to start anew.
 
     Returns:
         An :class:`EditResult`; its ``status`` is the independent checker's verdict on the weights
@@ -107,6 +115,8 @@ def edit_network(
         layers=None if layers is None else tuple(layers),
         threads=threads,
         seed=seed,
+        team=team,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
     )
     ends = _domain(domain, source.graph)
     reference = Reference.of(source.graph, preserve, labels, ends, wanted, seed)
@@ -123,7 +133,7 @@ def edit_network(
         deadline=deadline,
         progress=progress,
     )
-    result = Run(task).edit()
+    result = Run(task).edit() if team is None else team.run(task)
     if raise_on_failure and result.status is not Verdict.CERTIFIED:
         raise InfeasibleEditError(result.report.message)
     return result

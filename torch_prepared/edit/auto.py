@@ -59,4 +59,4 @@ class AutoEditor(Editor):
         net = (OneShotEditor(first_only=True), FALLBACK_SHARE)
         if wide > LOW_DIMENSION:
             return [net, (SequentialEditor(), 1.0)]
-        return [net, (RefineEditor(), 0.8), (SequentialEditor(), 1.0)]
+        return [net, (RefineEditor(), 0.95), (SequentialEditor(), 1.0)]

@@ -49,13 +49,17 @@ ROUNDS = 200
 SHRINK_ROUNDS = 3
 LIFTS = 4
 WORTH = 0.3  #: share of the open leaves that one more lift must close
+RESERVED = 0.25  #: share of the time for checking that the editor leaves; the rest is the driver's
+OPEN_SHARE = 0.2  #: share of the capacity that may be open when trees have reached it
+RAISES = 2  #: times that the aim is doubled for trees that grow too large
+FEW = 2000  #: nodes bounded in float64 to mend a proof
 RECENT = 3  #: chunks of leaves by which growth is judged
-THIN = 2e-5  #: share of the volume below which leaves are lifted rather than split ever more
+THIN = 1e-4  #: share of the volume below which leaves are lifted rather than split ever more
 SPLIT_SPARE = 0.07  #: share of the aim that new leaves must have in hand
 SPARE = 0.8  #: share of the capacity to which a tree is cut down
 LOW_CENTER = 0.2  #: margins of leaf centers below this share of the aim become points
 LEAF_AIM, POINT_AIM = 0.15, 0.7  #: shares of the aim that lifted leaves and points must reach
-CHECKED_PER_SECOND = 8000  #: leaves that the checker replays, for planning
+CHECKED_PER_SECOND = 2800  #: leaves that one thread of the checker replays, for planning
 CHECKING = 0.35  #: share of the time that checking may take
 MOST_LEAVES = 200_000  #: a certificate's leaves, however much time there is
 
@@ -74,7 +78,7 @@ class RefineEditor(Editor):
     name = "refine"
     damping: float = 0.03
     leaves: int = 300_000
-    relative_margin: float = 0.1
+    relative_margin: float = 0.05
     reach: float = 2.0
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
@@ -93,6 +97,9 @@ class _Refinement:
     points: PointSet
     generator: torch.Generator
     capacity: float
+    pace: float
+    raises: int = 0
+    settled: bool = False  #: whether all leaves have been proved once
 
     @classmethod
     def start(cls, problem: EditProblem, settings: RefineEditor, deadline: Deadline) -> _Refinement:
@@ -101,7 +108,9 @@ class _Refinement:
         generator = torch.Generator().manual_seed(problem.options.seed)
         rows, kept, sizes = [], [problem.reference.inputs.double()], []
         for i, prop in enumerate(problem.properties):
-            rows.append(PropertyRows(problem.exact, problem.batch[i : i + 1], vector))
+            rows.append(
+                PropertyRows(problem.exact, problem.graph, problem.batch[i : i + 1], vector)
+            )
             inside = prop.region.sample(max(50, 300 // len(problem.properties)), generator)
             margins = rows[-1].at_points(origin, inside)
             kept.append(inside[margins > 0])
@@ -112,9 +121,9 @@ class _Refinement:
         walk = Walk(problem, vector, metric, origin, origin)
         trees = [SplitTree(r.batch, slack=0.01 * aim) for r in rows]
         points = PointSet(walk, problem.properties, rows, aim, generator)
-        checkable = CHECKED_PER_SECOND * CHECKING * min(deadline.left, 3600.0)
-        capacity = min(MOST_LEAVES, checkable)
-        return cls(settings, deadline, walk, aim, rows, trees, points, generator, capacity)
+        pace = CHECKED_PER_SECOND * torch.get_num_threads()
+        capacity = min(MOST_LEAVES, pace * CHECKING * min(deadline.left, 3600.0))
+        return cls(settings, deadline, walk, aim, rows, trees, points, generator, capacity, pace)
 
     def candidates(self) -> Iterator[Candidate]:
         """Weights for which every leaf of every tree is proved, ever closer to the origin."""
@@ -144,28 +153,54 @@ class _Refinement:
         reach = self.settings.reach
         for _ in range(rounds):
             low = self._grow(self.walk.problem.graph)
+            self.settled |= self._is_proved()
             if self._is_proved() and not self._proves(self.walk.problem.graph):
                 continue
             if self._is_proved():
                 self._coarsen()
                 if self._leaf_count() <= self.capacity:
-                    if self._proves(self.walk.problem.exact):
+                    if self._proves_exactly():
                         return
                 else:
                     self._merge(reach)
             if self._out_of_time():
                 return
-            if low:
+            if self._is_too_large():
+                self._raise_aim()
+            elif low:
                 self.points.satisfy(self.deadline)
                 self.points.seek(self.deadline)
             else:
                 self._lift(reach)
                 reach *= 2.0
 
+    def _is_too_large(self) -> bool:
+        """Whether trees at half their capacity, then at all, leave a good part of it open."""
+        allowed = self.capacity * (self.raises + 1) / RAISES
+        if self.settled or self.raises == RAISES or self._leaf_count() < allowed:
+            return False
+        return sum(len(tree.open) for tree in self.trees) > OPEN_SHARE * allowed
+
+    def _raise_aim(self) -> None:
+        """Aim at more: wider margins need fewer leaves."""
+        self.aim *= 2.0
+        self.raises += 1
+        self.points.aim = self.aim
+        self.points.satisfy(self.deadline)
+        logger.info("aim %g, distance %g", self.aim, self.walk.distance())
+
     def _proves(self, graph: Graph) -> bool:
         """Bound all leaves anew, the proved ones included."""
         for tree, engine in zip(self.trees, self._engines(graph), strict=True):
             tree.bound(engine, tree.leaves, 4096)
+        return self._is_proved()
+
+    def _proves_exactly(self) -> bool:
+        """Bound all leaves in float64; the few that float32 had taken for proved are split."""
+        for tree, engine in zip(self.trees, self._engines(self.walk.problem.exact), strict=True):
+            tree.bound(engine, tree.leaves, 4096)
+            for _ in tree.grow(engine, self.deadline, FEW):
+                pass
         return self._is_proved()
 
     def _is_proved(self) -> bool:
@@ -176,7 +211,7 @@ class _Refinement:
 
     def _out_of_time(self) -> bool:
         """Whether what is left is needed for checking the trees."""
-        return self.deadline.left < min(self._leaf_count(), self.capacity) / CHECKED_PER_SECOND
+        return self.deadline.left < RESERVED * min(self._leaf_count(), self.capacity) / self.pace
 
     def _shrink(self) -> None:
         """Move toward the origin as long as the property can be proved again."""
@@ -302,6 +337,8 @@ class _Refinement:
                 self.trees, self._engines(self.walk.problem.graph), opened, strict=True
             ):
                 tree.bound(engine, leaves, 4096)
+                if isinstance(engine, SlopedEngine):
+                    tree.search(engine, self._some(tree.open), 0.0)
             left = sum(len(tree.open) for tree in self.trees)
             logger.info(
                 "lift %d: %d of %d open, distance %g", attempt, left, total, self.walk.distance()
@@ -311,6 +348,11 @@ class _Refinement:
                 return
             if left == 0 or self.deadline.over:
                 return
+
+    def _some(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """At most a chunk of nodes, drawn at random."""
+        chosen: NDArray[np.int64] = torch.randperm(len(nodes), generator=self.generator).numpy()
+        return nodes[chosen[:4096]]
 
     def _lift_once(self, opened: list[NDArray[np.int64]], reach: float) -> bool:
         """The shortest step that lifts some of the open leaves; False when there is none."""
@@ -333,7 +375,7 @@ class _Refinement:
     def _leaf_rows(
         self, opened: list[NDArray[np.int64]], worst: bool, reach: float
     ) -> tuple[Tensor, Tensor]:
-        """Gradients (m, p) and margins (m,) of leaves: the nearer half, or all within ``reach``."""
+        """Gradients (m, p) and margins (m,) of leaves whose margins lack at most ``reach`` aims."""
         theta = self.walk.theta
         found, values = [theta.new_zeros(0, len(theta))], [theta.new_zeros(0)]
         share = max(20, LEAF_ROWS // len(self.trees))
@@ -342,8 +384,10 @@ class _Refinement:
             margins = tree.margins(leaves)
             if not len(leaves):
                 continue
-            near = margins >= min(-reach * self.aim, float(np.median(margins)))
+            near = margins >= -reach * self.aim
             leaves, margins = leaves[near], margins[near]
+            if not len(leaves):
+                continue
             order = np.argsort(margins)
             if not worst:
                 order = torch.randperm(len(leaves), generator=self.generator).numpy()

@@ -29,7 +29,6 @@ Optimization" (1985), ch. 5; growing regions and held slopes are ours.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -38,11 +37,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_prepared.bounds import PropertyBatch
-from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.edit._base import Candidate, Editor, EditProblem
 from torch_prepared.edit._bundle import Bundle
+from torch_prepared.edit._checkpoint import Checkpoint, Progress
 from torch_prepared.edit._distance import Distance, choose_distance
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._margin import aimed_margin
@@ -138,6 +136,9 @@ class _Search:
     origin: Tensor
     aim: float
     deadline: Deadline
+    damping: float
+    notes: Checkpoint | None = None
+    size: float = 0.0  #: of the regions that are reached
     gradient_seconds: float = 0.0
     pass_seconds: float = 0.0
     patience: float = 1.0
@@ -146,14 +147,29 @@ class _Search:
     @classmethod
     def start(cls, problem: EditProblem, damping: float, deadline: Deadline) -> _Search:
         vector = ParameterVector.of(problem.exact, problem.options.layers)
+        team = problem.options.team
+        whole = MarginFunction(problem.exact, problem.batch, vector)
         return cls(
             problem,
-            MarginFunction(problem.exact, problem.batch, vector),
-            choose_distance(problem, vector, damping),
+            whole if team is None else team.margins(problem, vector),
+            (choose_distance if team is None else team.distance)(problem, vector, damping),
             vector.flatten(problem.exact.parameters).detach().clone(),
             aimed_margin(problem),
             deadline,
+            damping,
         )
+
+    def resume(self, stage: str) -> Progress:
+        """Where an earlier run stood, else the original network."""
+        self.notes = Checkpoint.of(self.problem, f"sequential-{stage}-{self.damping:g}")
+        shape = (len(self.margins.batch), sum(node.size for node, _ in self.margins.bent))
+        noted = None if self.notes is None else self.notes.load(len(self.origin), shape)
+        return Progress(self.origin, None, 0.0) if noted is None else noted
+
+    def note(self, state: _State, *, now: bool = False) -> None:
+        """Remember where this run stands."""
+        if self.notes is not None:
+            self.notes.save(Progress(state.theta, state.slopes, self.size), now=now)
 
     def candidate(self, state: _State, note: str) -> Candidate:
         """The state as stored parameters, with its slopes in the proof where they are needed."""
@@ -168,11 +184,13 @@ class _Search:
     def finish(self, state: _State) -> Iterator[Candidate]:
         """A feasible point and, as long as it pays, closer ones."""
         clock = time.monotonic()
+        self.note(state, now=True)
         yield self.candidate(state, "restored")
         self.reserve = 1.5 * (time.monotonic() - clock)
         told = state.distance
         for closer in self.shrink(state, LAST_SHRINK_STEPS):
             state = closer
+            self.note(state)
             if state.distance < REPORT_GAIN * told:
                 told = state.distance
                 yield self.candidate(state, "shrunk")
@@ -186,7 +204,9 @@ class _Search:
             InfeasibleEditError: no step helps any more, or it takes too long.
         """
         self.patience = DIRECT_SHARE
-        state = self.restore(self.origin, LAST_RESTORE_STEPS)
+        start = self.resume("whole")
+        state = self.restore(start.theta, LAST_RESTORE_STEPS, start.slopes)
+        self.note(state, now=True)
         self.patience = 1.0
         return state
 
@@ -207,17 +227,18 @@ class _Search:
         Raises:
             InfeasibleEditError: no step helps any more, or time is over.
         """
-        full, theta, growth = self.margins, self.origin, FIRST_GROWTH
-        size = self._safe_size(full)
+        full, start, growth = self.margins, self.resume("grown"), FIRST_GROWTH
+        theta, slopes = start.theta, start.slopes
+        self.size = start.size if slopes is not None else self._safe_size(full)
         while True:
             if self._late or growth < LEAST_GROWTH:
                 growth = 1.0
-            target = min(1.0, size + growth)
+            target = min(1.0, self.size + growth)
             whole = target == 1.0
-            self.margins = full if whole else full.on(_scaled(full.batch, target))
+            self.margins = full if whole else full.scaled(target)
             try:
                 slow = growth < 2 * LEAST_GROWTH or (growth == 1.0)
-                state = self.restore(theta, LAST_RESTORE_STEPS if slow else RESTORE_STEPS)
+                state = self.restore(theta, LAST_RESTORE_STEPS if slow else RESTORE_STEPS, slopes)
             except InfeasibleEditError as error:
                 if slow or self.deadline.over:
                     raise
@@ -225,17 +246,19 @@ class _Search:
                 growth /= 2
                 continue
             logger.info("grown to %g: distance %g", target, state.distance)
+            self.size = target
+            self.note(state)
             if whole:
                 return state
             for closer in self.shrink(state, SHRINK_STEPS):
                 state = closer
-            theta, size = state.theta, target
+            theta, slopes = state.theta, None
 
     def _safe_size(self, full: MarginFunction) -> float:
         """How far regions can grow, in steps, before the original network needs an edit."""
         size = 0.0
         while size + FIRST_GROWTH < 1.0:
-            margins = full.on(_scaled(full.batch, size + FIRST_GROWTH))
+            margins = full.scaled(size + FIRST_GROWTH)
             if float(margins.choose(self.origin)[0].min()) < 0.5 * self.aim:
                 break
             size += FIRST_GROWTH
@@ -252,9 +275,13 @@ class _Search:
 
     # Restoration
 
-    def restore(self, theta: Tensor, steps: int) -> _State:
+    def restore(self, theta: Tensor, steps: int, slopes: Tensor | None = None) -> _State:
         """Raise the lowest margin until every one reaches half the aim."""
-        state = self._at(theta, *self.margins.choose(theta)[::-1])
+        if slopes is None:
+            state = self._at(theta, *self.margins.choose(theta)[::-1])
+        else:
+            held = self.margins.value(theta, slopes)
+            state = self._at(theta, *self._better(theta, slopes, held))
         bundle, caution = Bundle(self.distance), 0.1
         for step in range(steps):
             if state.lowest >= 0.5 * self.aim:
@@ -264,6 +291,7 @@ class _Search:
             logger.debug("restore %d: lowest margin %g", step, state.lowest)
             bundle.add(self._linearize(state), state.theta, replace=True)
             state, caution = self._restore_once(state, bundle, caution)
+            self.note(state)
         if state.lowest >= 0.5 * self.aim:
             return state
         raise InfeasibleEditError(f"lowest margin still {state.lowest:g} when time was over")
@@ -369,10 +397,3 @@ class _Search:
         self.pass_seconds = time.monotonic() - clock
         self.gradient_seconds = self.pass_seconds / max(len(rows), 1)
         return line
-
-
-def _scaled(batch: PropertyBatch, size: float) -> PropertyBatch:
-    """Regions' bounding boxes shrunk around their centers; only to find a start with."""
-    center = (batch.regions.lower + batch.regions.upper) / 2
-    radius = size * (batch.regions.upper - batch.regions.lower) / 2
-    return dataclasses.replace(batch, regions=RegionBatch(center - radius, center + radius))

@@ -22,6 +22,7 @@ from torch_prepared.solvers._result import Status
 __all__ = ["StreamedProjection", "project_streamed"]
 
 Columns = Callable[[int, int], Tensor]
+Sum = Callable[[Tensor], Tensor]
 _PASSES = 4  #: corrections of the active rows before giving up
 
 
@@ -52,12 +53,16 @@ def project_streamed(
     tolerance: float | None = None,
     time_limit: float | None = None,
     progress: bool = False,
+    all_reduce: Sum | None = None,
 ) -> StreamedProjection:
     """Nearest point to x0 with ``A x <= b``, A given by blocks of columns; no gradients.
 
     Two passes over A: one for ``A M^{-1} A^T`` and ``A x0``, one for x and its residual; more only
     if rounding is left to correct. Memory beyond x0 is one copy of it for x plus about
     ``20 m chunk`` bytes. Products and sums are float64.
+
+    With ``all_reduce`` the point is spread over processes: each gives its part of x0, of the
+    metric and of A's columns, and gets its part of x; only sums of m x m numbers travel.
 
     Args:
         x0: (n,) float32 or float64; left as it is.
@@ -71,6 +76,8 @@ def project_streamed(
             what rounding x to its dtype can do to a row of that size.
         time_limit: wall seconds; when over, the status is ``UNKNOWN``.
         progress: show a bar on stderr.
+        all_reduce: sums a tensor over all processes that hold parts of the point, as
+            ``cluster.Group.all_reduce``; every one of them must make this call, with the same b.
 
     Raises:
         SolverError: shapes or dtypes that do not fit, a metric that is not positive.
@@ -93,7 +100,8 @@ def project_streamed(
     if chunk < 1:
         raise SolverError(f"project_streamed: got chunk {chunk}; expected at least 1")
     deadline = None if time_limit is None else begin + time_limit
-    stream = _Stream(x0, rows, b.double(), metric, equal, chunk, deadline, progress)
+    total = all_reduce or (lambda value: value)
+    stream = _Stream(x0, rows, b.double(), metric, equal, chunk, deadline, progress, total)
     sums = stream.first_pass()
     if sums is None:
         return stream.failed(None, begin)
@@ -101,10 +109,12 @@ def project_streamed(
     if not bool(gram.isfinite().all() & value.isfinite().all() & stream.rhs.isfinite().all()):
         return stream.failed(None, begin)
     duals = solve_duals(gram[None], (value - stream.rhs)[None], equal)
-    if int(duals.code) != CODES.index(Status.OPTIMAL):
-        return stream.failed(duals, begin)
+    solved = duals.code == CODES.index(Status.OPTIMAL)
+    if float(stream.agreed(solved)) < 1.0:
+        return stream.failed(None if bool(solved) else duals, begin)
     noise = torch.finfo(x0.dtype).eps * float((reach / stream.rhs.abs().clamp_min(1.0)).max())
-    return stream.finish(gram, duals, 1e-8 + noise if tolerance is None else tolerance, begin)
+    multipliers = stream.agreed(duals.multipliers[0])
+    return stream.finish(gram, multipliers, 1e-8 + noise if tolerance is None else tolerance, begin)
 
 
 @dataclass
@@ -119,6 +129,7 @@ class _Stream:
     chunk: int
     deadline: float | None
     progress: bool
+    total: Sum
 
     def blocks(self, label: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Slices of columns, their rows as float64, and the rows times M^{-1}.
@@ -148,37 +159,48 @@ class _Stream:
     def late(self) -> bool:
         return self.deadline is not None and time.perf_counter() > self.deadline
 
+    def agreed(self, value: Tensor) -> Tensor:
+        """The mean over processes: the same in all, where rounding may have made them differ."""
+        both = self.total(torch.cat([value.double().reshape(-1), self.rhs.new_ones(1)]))
+        return (both[:-1] / both[-1]).reshape(value.shape)
+
     def first_pass(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """``A M^{-1} A^T``, ``A x0`` and about ``|a| rms(x0)`` per row; None when late."""
         m = len(self.rhs)
-        gram = self.rhs.new_zeros(m, m)
-        value = torch.zeros_like(self.rhs)
+        sums = self.rhs.new_zeros(m + 3, m)  # Gram matrix, A x0, reach, whether late
+        gram, value, reach, late = sums[:m], sums[m], sums[m + 1], sums[m + 2]
+        square = self.rhs.new_zeros(())
         for part, block, scaled in self.blocks("Gram matrix"):
             if self.late():
-                return None
+                late += 1.0
+                break
+            own = self.x0[part].double()
             gram.addmm_(scaled, block.T)
-            value += block @ self.x0[part].double()
-        gram = 0.5 * (gram + gram.T)
-        largest = 1.0 if self.metric is None else float(self.metric.max())
-        size = float(torch.linalg.vector_norm(self.x0, dtype=torch.float64)) / len(self.x0) ** 0.5
-        return gram, value, (largest * gram.diagonal()).sqrt() * size
+            value += block @ own
+            square += own @ own
+        largest = float(self.metric.max()) if self.metric is not None and len(self.x0) else 1.0
+        size = float(square / max(1, len(self.x0))) ** 0.5
+        reach += (largest * gram.diagonal()).sqrt() * size
+        sums = self.total(sums)
+        if bool((sums[m + 2] > 0).any()):
+            return None
+        return 0.5 * (sums[:m] + sums[:m].T), sums[m], sums[m + 1]
 
     def apply(self, multipliers: Tensor, out: Tensor) -> Tensor | None:
         """Write ``x0 - M^{-1} A^T multipliers`` to ``out``; returns ``A out``, None when late."""
-        value = torch.zeros_like(self.rhs)
+        value = self.rhs.new_zeros(len(self.rhs) + 1)  # A out, whether late
         for part, block, scaled in self.blocks("projection"):
             if self.late():
-                return None
+                value[-1] += 1.0
+                break
             out[part] = (self.x0[part].double() - multipliers @ scaled).to(out.dtype)
-            value += block @ out[part].double()
-        return value
+            value[:-1] += block @ out[part].double()
+        value = self.total(value)
+        return None if float(value[-1]) > 0 else value[:-1]
 
-    def finish(
-        self, gram: Tensor, duals: Duals, tolerance: float, begin: float
-    ) -> StreamedProjection:
-        """The point, corrected until its rows hold."""
+    def finish(self, gram: Tensor, u: Tensor, tolerance: float, begin: float) -> StreamedProjection:
+        """The point for multipliers u (m,), corrected until its rows hold."""
         x = torch.empty_like(self.x0)
-        u = duals.multipliers[0]
         active = (u != 0.0) if self.equal is None else (u != 0.0) | self.equal
         index, valid = compress(active[None])
         block = take_block(gram[None], index, valid)[0]
@@ -194,7 +216,7 @@ class _Stream:
                 )
                 return StreamedProjection(x, report, time.perf_counter() - begin)
             change = torch.linalg.lstsq(block, excess[index[0], None]).solution[:, 0]
-            u = u.scatter_add(0, index[0], change)
+            u = self.agreed(u.scatter_add(0, index[0], change))
             if bool((u[~self.equal] < 0).any() if self.equal is not None else (u < 0).any()):
                 break
         return self.failed(None, begin, x)

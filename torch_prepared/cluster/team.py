@@ -1,0 +1,350 @@
+"""One edit by all ranks of a group: the first leads, the others answer."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from torch_prepared import errors
+from torch_prepared._version import __version__
+from torch_prepared.certify import (
+    Certificate,
+    CheckResult,
+    ProofTree,
+    PropertyCheck,
+    Verdict,
+    weights_digest,
+)
+from torch_prepared.certify.certificate import property_digest
+from torch_prepared.certify.encoding import digest
+from torch_prepared.cluster import _shards
+from torch_prepared.cluster._group import Group, join_group
+from torch_prepared.cluster._shards import OPERATIONS, Operation, Shards, blocks
+from torch_prepared.cluster._shared import SharedMargins
+from torch_prepared.core.deadline import Deadline
+from torch_prepared.core.graph import Graph
+from torch_prepared.core.onnx import OnnxNetwork
+from torch_prepared.edit._base import EditProblem, Norm
+from torch_prepared.edit._certify import Certified
+from torch_prepared.edit._distance import Distance
+from torch_prepared.edit._driver import Run, Task
+from torch_prepared.edit._result import EditResult
+from torch_prepared.edit._team import Team
+from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.errors import ClusterError, PreparedError
+from torch_prepared.specs import Property
+
+__all__ = ["TOLD", "RankTeam", "join_team"]
+
+TOLD = "told by rank 0"
+"""Note on errors that the leader raised, and reports itself."""
+
+Result = EditResult[nn.Module | OnnxNetwork | Graph]
+_BEAT, _OVER = -1, -2  #: messages that are no operations
+_BEATS = 4  #: signs of life per time-out
+
+
+class RankTeam(Team):
+    """The ranks of a group as a team; see :func:`join_team`.
+
+    Args:
+        group: all ranks.
+
+    Attributes:
+        leads: whether this rank makes the decisions, and should be the one to print and write.
+        shared_seconds: CPU seconds that this rank spent in operations shared by all.
+        slowest_seconds: likewise of the slowest rank in each operation, known to the leader.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.shared_seconds = self.slowest_seconds = 0.0
+        self._shards: Shards | None = None
+        self._turn = threading.Lock()
+        self._broken = False
+        self._numbers = 0
+        self._dead: list[int] = []
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return not self.group.rank
+
+    def run(self, task: Task) -> Result:
+        """Lead the edit, or help until it is over; the same result in every rank.
+
+        Raises:
+            ClusterError: another rank is gone or silent, or was given another task.
+            PreparedError: what the leader's edit raised.
+        """
+        self._shards = Shards(task, self.group)
+        told = self.group.gather([_identity(task)])
+        if not self.leads:
+            return self._help(task)
+        try:
+            strangers = [i for i, (name,) in enumerate(told) if not torch.equal(name, told[0][0])]
+            if strangers:
+                raise ClusterError(
+                    f"rank {strangers[0]}: was given another network, property, option or version "
+                    "than rank 0; expected the same command and files in every rank"
+                )
+            with self._beating():
+                run = Run(task)
+                result = run.edit()
+        except (PreparedError, KeyboardInterrupt) as error:
+            self._end([_shards.to_bytes([type(error).__name__, str(error)])])
+            raise
+        found = None if result.certificate is None else run.best
+        changed = {} if found is None else found.candidate.parameters
+        proof = None if result.certificate is None else result.certificate.to_json()
+        self._end([*_shards.pack(changed), _frozen(result), _shards.to_bytes(proof)])
+        return result
+
+    def margins(self, problem: EditProblem, vector: ParameterVector) -> SharedMargins:
+        """Margins of which every rank bounds and linearizes its own properties."""
+        quadratic = problem.options.norm in (None, Norm.L2, Norm.BEHAVIOR)
+        return SharedMargins(
+            problem.exact,
+            problem.batch,
+            vector,
+            ranks=self,
+            positions=self._positions(problem.properties),
+            parts=tuple(blocks(len(problem.properties), self.group.size)),
+            spread=quadratic,
+        )
+
+    def distance(self, problem: EditProblem, vector: ParameterVector, damping: float) -> Distance:
+        """The distance of the problem's norm, made in every rank."""
+        positions = self._positions(problem.properties)
+        self.call(_shards.share_distance, [positions, torch.tensor([damping]).double()])
+        if self._shards is None or self._shards.distance is None:
+            raise ClusterError("distance: got no task; expected `run` to be called first")
+        return self._shards.distance
+
+    def certify(
+        self,
+        graph: Graph,
+        properties: Sequence[Property],
+        proofs: Sequence[ProofTree],
+        metadata: Mapping[str, str],
+        deadline: Deadline | None = None,
+    ) -> Certified:
+        """The certificate of a network, each property replayed by one rank."""
+        clock = time.monotonic()
+        record, claims = graph.record(), [p.record() for p in properties]
+        whole = Certificate.create(record, claims, proofs, metadata)
+        limited = deadline is not None and deadline.seconds is not None
+        limit = max(deadline.left, 1.0) if limited and deadline is not None else -1.0
+        positions, dealt = self._positions(properties), []
+        for part in blocks(len(claims), self.group.size, [p.leaves for p in proofs]):
+            text = torch.zeros(0, dtype=torch.uint8)
+            if claims[part]:
+                own = Certificate.create(record, claims[part], proofs[part])
+                text = _shards.to_bytes(own.to_json())
+            dealt.append([text, positions[part]])
+        shared = [*_shards.pack(graph.parameters), torch.tensor([limit]).double()]
+        told = [_shards.from_bytes(t[0]) for t in self.call(_shards.certify, shared, dealt)]
+        checks = _merged(told, whole.weights_digest, [c.name for c in claims])
+        certified = all(check.status is Verdict.CERTIFIED for check in checks)
+        status = Verdict.CERTIFIED if certified else Verdict.UNKNOWN
+        check = CheckResult(status, checks, time.monotonic() - clock, "real")
+        return Certified(whole, check)
+
+    # The leader's side of messages
+
+    def call(
+        self,
+        operation: Operation,
+        shared: Sequence[Tensor],
+        parts: Sequence[Sequence[Tensor]] | None = None,
+    ) -> list[list[Tensor]]:
+        """Run an operation in all ranks; what each of them tells.
+
+        Raises:
+            ClusterError: a rank is gone or silent.
+        """
+        dead, self._dead = self._dead, []
+        if dead and operation is not _shards.forget:
+            self.call(_shards.forget, [torch.tensor(dead)])
+        with self._turn:
+            if self._broken or self._shards is None:
+                raise ClusterError("the group was broken off; expected to start anew")
+            self._broken = True  # until all is told: an interruption leaves ranks out of step
+            self.group.announce(OPERATIONS.index(operation), shared)
+            mine = self.group.scatter(parts or [[]] * self.group.size)
+            told = self.group.gather(self._timed(operation, list(shared), mine))
+            self._broken = False
+        self.slowest_seconds += max(float(values[-1]) for values in told)
+        return [values[:-1] for values in told]
+
+    def number(self) -> int:
+        """A new name for rows."""
+        self._numbers += 1
+        return self._numbers
+
+    def forget(self, number: int) -> None:
+        """Have the rows of this name dropped with the next message."""
+        self._dead.append(number)
+
+    def _timed(
+        self, operation: Operation, shared: list[Tensor], mine: list[Tensor]
+    ) -> list[Tensor]:
+        """What this rank tells, and the CPU seconds it took."""
+        if self._shards is None:
+            raise ClusterError("operation: got no task; expected `run` to be called first")
+        clock = time.thread_time()
+        told = operation(self._shards, shared, mine)
+        spent = time.thread_time() - clock
+        self.shared_seconds += spent
+        return [*told, torch.tensor([spent], dtype=torch.float64)]
+
+    def _end(self, result: Sequence[Tensor]) -> None:
+        """Dismiss the helpers with the result, if they can still be reached."""
+        with self._turn:
+            if not self._broken:
+                self._broken = True
+                self.group.announce(_OVER, result)
+                self._broken = False
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Tell the helpers now and then that the leader is alive, while it works alone."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(self.group.timeout / _BEATS):
+                with self._turn:
+                    if self._broken:
+                        return
+                    try:
+                        self.group.announce(_BEAT, [])
+                    except ClusterError:  # the next message fails as well, and says so
+                        self._broken = True
+                        return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if self.group.size > 1:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if thread.is_alive():
+                thread.join()
+
+    def _positions(self, properties: Sequence[Property]) -> Tensor:
+        """Where properties stand in the task, (b,) int64."""
+        if self._shards is None:
+            raise ClusterError("properties: got no task; expected `run` to be called first")
+        places = {id(p): i for i, p in enumerate(self._shards.task.every)}
+        return torch.tensor([places[id(p)] for p in properties], dtype=torch.int64)
+
+    # The helpers' side
+
+    def _help(self, task: Task) -> Result:
+        """Answer the leader until it is done."""
+        while True:
+            code, shared = self.group.announce(0, [])
+            if code == _OVER:
+                return _received(task, shared)
+            if code != _BEAT:
+                operation = OPERATIONS[code]
+                self.group.gather(self._timed(operation, shared, self.group.scatter([])))
+
+
+@contextmanager
+def join_team(timeout: float = 600.0) -> Iterator[RankTeam]:
+    """The team of all processes that ``torchrun`` started; of this one alone without it.
+
+    Every process must then make the same calls of ``edit_network(..., team=team)``: the first one
+    leads, and all get the same result. ``team.leads`` tells who should print and write.
+
+    Args:
+        timeout: seconds that one process is waited for.
+
+    Raises:
+        ClusterError: the processes do not find each other.
+
+    Example:
+        >>> with join_team() as team:
+        ...     team.group.rank, team.group.size, team.leads
+        (0, 1, True)
+    """
+    with join_group(timeout) as group:
+        yield RankTeam(group)
+
+
+def _identity(task: Task) -> Tensor:
+    """What ranks must have in common, as bytes (32,)."""
+    record, options = task.source.graph.record(), task.options
+    chosen = [
+        __version__, task.method, options.norm and options.norm.value, options.margin,
+        options.layers and list(options.layers), options.seed,
+        digest(record.structure), weights_digest(record.weights),
+        [property_digest(p.record()) for p in task.every],
+        weights_digest({"reference": task.reference.inputs.cpu().numpy()}),
+    ]  # fmt: skip
+    return torch.frombuffer(bytearray(bytes.fromhex(digest(chosen))), dtype=torch.uint8)
+
+
+def _merged(
+    told: Sequence[object], weights: str, names: Sequence[str]
+) -> tuple[PropertyCheck, ...]:
+    """The verdicts of all ranks, each on the very same weights, in the properties' order.
+
+    Raises:
+        ClusterError: a rank judged other weights, or the properties are not those asked for.
+    """
+    checks = []
+    for rank, answer in enumerate(told):
+        known, verdicts = cast("tuple[str, list[tuple[str, str, float, int, str]]]", answer)
+        if known != weights:
+            raise ClusterError(f"rank {rank}: replayed on other weights than rank 0 holds")
+        for name, status, margin, leaves, reason in verdicts:
+            checks.append(PropertyCheck(name, Verdict(status), margin, leaves, reason))
+    if [check.name for check in checks] != list(names):
+        raise ClusterError(f"replay: got {len(checks)} verdicts; expected {len(names)}")
+    return tuple(checks)
+
+
+def _frozen(result: Result) -> Tensor:
+    """Verdict, report and worst inputs as bytes.
+
+    Pickled, as torch.distributed does with objects: ranks of one group run the same program and
+    trust each other. Files are never read so.
+    """
+    parts = (result.status, result.check, result.report, result.worst_inputs)
+    return torch.frombuffer(bytearray(pickle.dumps(parts)), dtype=torch.uint8)
+
+
+def _received(task: Task, told: list[Tensor]) -> Result:
+    """The leader's result.
+
+    Raises:
+        PreparedError: what the leader raised.
+    """
+    if len(told) == 1:
+        kind, message = cast("tuple[str, str]", _shards.from_bytes(told[0]))
+        if kind == "KeyboardInterrupt":
+            raise KeyboardInterrupt
+        error: PreparedError = getattr(errors, kind, ClusterError)(message)
+        error.add_note(TOLD)
+        raise error
+    names, values, frozen, proof = told
+    status, check, report, worst = pickle.loads(frozen.numpy().tobytes())
+    certificate = _shards.from_bytes(proof)
+    return EditResult(
+        status=status,
+        model=task.source.rebuild(_shards.unpack(task.source.graph, names, values)),
+        certificate=None if certificate is None else Certificate.from_json(certificate),
+        check=check,
+        report=report,
+        worst_inputs=worst,
+    )
