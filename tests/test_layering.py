@@ -20,7 +20,7 @@ RANKS = {
     "hooks": 7, "testing": 7,
     "cli": 8, "cluster": 8,
 }  # fmt: skip
-SIDEWAYS = {("cli", "cluster")}
+SIDEWAYS = {("cli", "cluster"), ("testing", "hooks")}
 LAZY = {"cli"}  # commands import what they run, so that help and usage errors appear at once
 OPTIONAL = {
     "auto_LiRPA", "cuopt", "cupy", "gurobipy", "jaxtyping", "lightning", "moreau",

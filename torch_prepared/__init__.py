@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING
 from torch_prepared._version import __version__
 
 if TYPE_CHECKING:
-    from torch_prepared import bounds, calibrate, certify, edit, interpret, invert, specs
+    from torch_prepared import bounds, calibrate, certify, edit, hooks, interpret, invert, specs
     from torch_prepared.certify import Certificate, Verdict, check_certificate
     from torch_prepared.core.capture import capture_module
     from torch_prepared.core.graph import Graph
     from torch_prepared.core.onnx import OnnxNetwork, load_onnx, save_onnx
     from torch_prepared.edit import EditResult, edit_network
+    from torch_prepared.hooks import EditHook, PreparedModule
     from torch_prepared.ops import build_info
     from torch_prepared.relax.module import graph_to_module
     from torch_prepared.specs import Property, SafeSet
 
 __all__ = [
     "Certificate",
+    "EditHook",
     "EditResult",
     "Graph",
     "OnnxNetwork",
+    "PreparedModule",
     "Property",
     "SafeSet",
     "Verdict",
@@ -39,6 +42,7 @@ __all__ = [
     "edit",
     "edit_network",
     "graph_to_module",
+    "hooks",
     "interpret",
     "invert",
     "load_onnx",
@@ -48,9 +52,11 @@ __all__ = [
 
 _HOMES = {
     "Certificate": "certify",
+    "EditHook": "hooks",
     "EditResult": "edit",
     "Graph": "core.graph",
     "OnnxNetwork": "core.onnx",
+    "PreparedModule": "hooks",
     "Property": "specs",
     "SafeSet": "specs",
     "Verdict": "certify",
@@ -62,7 +68,7 @@ _HOMES = {
     "load_onnx": "core.onnx",
     "save_onnx": "core.onnx",
 }
-_PACKAGES = ("bounds", "calibrate", "certify", "edit", "interpret", "invert", "specs")
+_PACKAGES = ("bounds", "calibrate", "certify", "edit", "hooks", "interpret", "invert", "specs")
 
 
 def __getattr__(name: str) -> object:

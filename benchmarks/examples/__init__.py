@@ -1,0 +1,1 @@
+"""Worked examples: provable training of networks for real problems."""

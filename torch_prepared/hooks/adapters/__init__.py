@@ -1,0 +1,1 @@
+"""Ways to let a training loop call an :class:`~torch_prepared.hooks.EditHook`."""
