@@ -138,3 +138,16 @@ def test_a_box_with_nan_proves_nothing() -> None:
     values = slopes.search(box, usual, row, enough)[1].values
     assert not bool((values[1] > -torch.inf).any())
     assert bool(values[[0, 2, 3]].isfinite().all())
+
+
+def test_a_search_that_finds_nothing_better_keeps_the_usual_slopes() -> None:
+    graph, prop = setting()
+    batch = PropertyBatch.of([prop])
+    engine = leaf_engine(graph, batch)
+    assert isinstance(engine, SlopedEngine)
+    tree = SplitTree(batch, slack=-1e9)
+    tree.bound(engine, tree.leaves, 64)
+    before = tree.margins(tree.leaves)
+    tree.search(engine, tree.leaves, 0.0)  # enough already: no step is taken
+    assert not tree.has_slopes
+    assert np.array_equal(tree.margins(tree.leaves), before)

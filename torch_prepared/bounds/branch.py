@@ -154,6 +154,8 @@ class SplitTree:
         """Slots for slopes (b, h), multiples of 1 / LEVELS or negative."""
         levels = torch.where(slopes < 0, torch.full_like(slopes, NO_SLOPE), slopes * LEVELS)
         fresh = levels.round().to(torch.uint8).cpu().numpy()
+        if not len(fresh):
+            return np.zeros(0, dtype=np.int64)
         first, self._slots = self._slots, self._slots + len(fresh)
         if self._slots > len(self._slopes):
             more = np.zeros((max(FIRST_CAPACITY, 2 * self._slots), fresh.shape[1]), np.uint8)

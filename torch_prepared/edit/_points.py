@@ -22,6 +22,7 @@ ROUNDS = 200
 STEPS = 30
 APPROACHES = 12
 FAIR_SHARE = 0.2
+STALLS = 5  #: rounds of attack in a row that may fail to raise the lowest margin
 LOW = 0.3  #: margins below this share of the aim are collected
 KEPT = 0.9  #: share of the aim that coming closer must leave
 
@@ -56,7 +57,8 @@ class PointSet:
         self._points[position] = torch.cat([self._points[position], points])
 
     def seek(self, deadline: Deadline) -> None:
-        """Attack and edit until nothing of low margin is found."""
+        """Attack and edit until nothing of low margin is found, or edits no longer help."""
+        stalls = 0
         for step in range(ROUNDS):
             found = 0
             for i, (prop, rows) in enumerate(zip(self._properties, self._rows, strict=True)):
@@ -67,7 +69,11 @@ class PointSet:
                 found += len(low)
             if not found or deadline.over:
                 return
+            before = self.lowest(self._walk.theta)
             self.satisfy(deadline)
+            stalls = stalls + 1 if self.lowest(self._walk.theta) <= before else 0
+            if stalls == STALLS:
+                return
             logger.info("points %d: %d new, distance %g", step, found, self._walk.distance())
 
     def satisfy(self, deadline: Deadline) -> None:
