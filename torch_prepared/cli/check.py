@@ -90,6 +90,7 @@ def replay_certificate(
             claims,
             arithmetic=config.arithmetic,
             activation_ulp=config.activation_ulp,
+            workers=config.settings.threads or 1,
         )
     agreement = compare_with_onnxruntime(network, properties, seed=config.settings.seed)
     return Replay(check, agreement)
