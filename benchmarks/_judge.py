@@ -97,7 +97,7 @@ def compare_networks(
     points = torch.from_numpy(inputs)
     outside = torch.ones(len(points), dtype=torch.bool)
     for prop in properties:
-        outside &= ~prop.region.contains(points)
+        outside &= ~prop.region.contains(points, rounding=True)
     enough = 100 * int(outside.sum()) >= len(points)
     if enough:
         points = points[outside]

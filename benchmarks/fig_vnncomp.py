@@ -196,7 +196,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--benchmarks", default=",".join(BENCHMARKS))
     parser.add_argument("--instances", default="", help="regular expression on case names")
     parser.add_argument("--mode", choices=MODES, default="single")
-    parser.add_argument("--limit", type=float, default=45.0, help="seconds for the editor")
+    parser.add_argument("--limit", type=float, default=45.0, help="seconds for edit and check")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds until it is killed")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space")
     parser.add_argument("--threads", type=int, default=2)

@@ -73,7 +73,7 @@ def test_leaves_always_cover_the_region_and_coarsening_keeps_the_proof() -> None
     finer.bound(engine, finer.split(finer.leaves), 64)
     assert finer.proved
     assert len(finer.leaves) == 2 * before == 2 * len(tree.leaves)
-    finer.coarsen(engine, 64)
+    finer.coarsen(engine, Deadline(60), 64)
     assert finer.proved
     assert len(finer.leaves) <= before
     assert bool(covered(finer, x).all())

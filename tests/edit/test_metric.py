@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 from tests.helpers import NETWORKS
 from torch_prepared.edit import _metric
 from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._importance import Importance
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.relax import evaluate_graph
 
@@ -29,8 +30,7 @@ def test_metric_equals_the_dense_gauss_newton_sketch(
 
     generator = torch.Generator().manual_seed(3)
     order = torch.randperm(12, generator=generator)
-    noise = torch.randn(12, graph.output_size, generator=generator)
-    directions = _metric._decision_directions(noise, reference, order)
+    directions = Importance.of(reference, order).directions(graph.output_size, 12, generator)
     theta = vector.flatten(graph.parameters).double()
     exact = graph.to(torch.float64)
 
@@ -38,7 +38,7 @@ def test_metric_equals_the_dense_gauss_newton_sketch(
         return evaluate_graph(exact, x[None], vector.split(t)).flatten() @ g
 
     rows = vmap(grad(response), (None, 0, 0))(theta, inputs[order].double(), directions.double())
-    rows = rows / (float(outputs.std(dim=0).mean()) * 12**0.5)
+    rows = rows / 12**0.5
     dense = rows.T @ rows + metric.damping * torch.eye(vector.count, dtype=torch.float64)
     assert metric.damping == pytest.approx(
         0.5 * float(rows.square().sum()) / vector.count, rel=1e-4
@@ -51,35 +51,6 @@ def test_metric_equals_the_dense_gauss_newton_sketch(
     torch.testing.assert_close(
         metric.solve(delta), solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max())
     )
-
-
-def test_labels_make_thin_leads_weigh_most() -> None:
-    """The directions' second moment is the sum over classes of leads over their sizes."""
-    y = torch.tensor([3.0, 1.0, 2.5])
-    count = 20000
-    noise = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
-    floor = _metric.LEAST_LEAD * 0.5
-    made = _metric._lead_directions(noise, y.expand(count, 3), floor)
-    over_1 = torch.tensor([1.0, -1.0, 0.0]) / (2.0 + floor)
-    over_2 = torch.tensor([1.0, 0.0, -1.0]) / (0.5 + floor)
-    wanted = over_1[:, None] * over_1 + over_2[:, None] * over_2
-    torch.testing.assert_close(made.T @ made / count, wanted, rtol=0.05, atol=0.05)
-    assert torch.equal(made.sum(dim=1).abs() < 1e-5, torch.ones(count, dtype=torch.bool))
-
-
-def test_without_labels_thin_gaps_at_either_end_weigh_most() -> None:
-    y = torch.tensor([3.0, 2.9, 1.0, 0.0])
-    count = 20000
-    reference = Reference(torch.zeros(count, 1), y.expand(count, 4).clone(), None, "domain")
-    reference.outputs[: count // 2] += torch.tensor([0.0, -9.0, 0.0, 9.0])  # for a spread
-    noise = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
-    made = _metric._decision_directions(noise, reference, torch.arange(count))[count // 2 :]
-    second = made.T @ made / len(made)
-    top, bottom = torch.tensor([1.0, -1.0, 0, 0]), torch.tensor([0, 0, 1.0, -1.0])
-    middle = torch.tensor([0, 1.0, -1.0, 0])
-    assert float(top @ second @ top) > 2 * float(middle @ second @ middle)
-    assert float(bottom @ second @ bottom) > 0
-    assert float(torch.linalg.eigvalsh(second)[0]) > 0
 
 
 def test_the_largest_eigenpairs_are_those_of_the_full_decomposition() -> None:

@@ -24,7 +24,7 @@ from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval
 
-__all__ = ["LeafBounds", "LeafEngine", "SplitTree"]
+__all__ = ["LeafBounds", "LeafEngine", "SlopedEngine", "SplitTree"]
 
 FIRST_CAPACITY = 1024
 _ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis", "_row", "_slot")
@@ -209,7 +209,7 @@ class SplitTree:
         other._slopes = self._slopes[: self._slots].copy()
         return other
 
-    def coarsen(self, engine: LeafEngine, chunk: int = 4096) -> None:
+    def coarsen(self, engine: LeafEngine, deadline: Deadline, chunk: int = 4096) -> None:
         """Undo splits that are no longer needed: a node proved whole becomes a leaf again.
 
         Weights that changed after the splits were made often need far fewer of them.
@@ -218,19 +218,17 @@ class SplitTree:
         untried = np.ones(self.count, dtype=bool)
         while len(candidates):
             untried[candidates] = False
-            self.bound(engine, candidates, chunk)
-            self._detach(candidates[self._margin[candidates] > self.slack])
+            for first in range(0, len(candidates), chunk):
+                if deadline.over:
+                    return
+                part = candidates[first : first + chunk]
+                self.bound(engine, part, chunk)
+                failing = part[~(self._margin[part] > self.slack)]
+                if isinstance(engine, SlopedEngine) and len(failing):
+                    self._search_near(engine, failing, 0.0)
+                self._detach(part[self._margin[part] > self.slack])
             candidates = self._parents_of_leaves()
             candidates = candidates[untried[candidates]]
-
-    def merge(self, above: float, count: int) -> None:
-        """Undo up to ``count`` splits whose box had the highest margins above a threshold.
-
-        Margins are those of the last :meth:`coarsen`; the merged boxes are open leaves.
-        """
-        parents = self._parents_of_leaves()
-        parents = parents[self._margin[parents] > above]
-        self._detach(parents[np.argsort(-self._margin[parents])[:count]])
 
     def _detach(self, parents: Integers) -> None:
         """Make leaves of nodes whose children are leaves."""

@@ -70,7 +70,11 @@ class Reference:
         seed: int,
         samples: int = 2500,
     ) -> Reference:
-        """The user's inputs, else samples of the stated domain, else samples of the regions."""
+        """The user's inputs, else samples of the stated domain, else samples of the regions.
+
+        Inputs of a region whose outputs its property forbids cannot stay and are left out, unless
+        nothing else remains.
+        """
         generator = torch.Generator().manual_seed(seed)
         source = "preserve"
         if inputs is None and domain is not None:
@@ -94,7 +98,15 @@ class Reference:
             raise SpecError(
                 f"reference labels: got {len(labels)} for {len(inputs)} inputs; expected one each"
             )
-        return cls(inputs, evaluate_on(graph, inputs), labels, source)
+        outputs = evaluate_on(graph, inputs)
+        free = torch.ones(len(inputs), dtype=torch.bool)
+        for prop in properties:
+            inside = prop.region.contains(inputs, rounding=True)
+            free &= ~inside | prop.safe.contains(outputs)
+        if bool(free.any()):
+            inputs, outputs = inputs[free], outputs[free]
+            labels = None if labels is None else labels[free]
+        return cls(inputs, outputs, labels, source)
 
     @cached_property
     def spread(self) -> float:

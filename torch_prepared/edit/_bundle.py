@@ -60,12 +60,6 @@ class Bundle:
         said = self.const + self.rows.effect(theta)
         return torch.maximum(said, value[self.index])
 
-    def along(self, delta: Tensor) -> Tensor:
-        """Linear effect (m,) of a change (p,) on every row."""
-        if self.rows is None:
-            return self.const
-        return self.rows.effect(delta)
-
     def used(self, multipliers: Floats) -> None:
         """Note which rows the last step leaned on; forget those idle for long."""
         active = torch.from_numpy(multipliers) > 0

@@ -2,6 +2,10 @@
 
 Quadratic distances: the projection onto half-spaces, through its dual of as many variables as rows.
 
+Behavior: what the outputs' changes on reference inputs cost is evaluated, and its Gauss-Newton
+metric at the original weights only says which steps to take. A network that has moved far is no
+longer described by that metric: it may call a change free that the outputs show clearly.
+
 The other norms are gauges of a set of atoms: ``|d| = min sum c_a`` over ``d = sum c_a a, c >= 0``.
 The 1-norm has the signed units as atoms, the largest-entry norm the sign vectors, and their sum
 the vectors with k entries ``+-1 / (k + 1)``. So the smallest step is a linear program with one
@@ -15,7 +19,7 @@ convex geometry of linear inverse problems" (2012).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,19 +27,32 @@ from torch import Tensor
 
 from torch_prepared.core.rows import Floats, LinearRows
 from torch_prepared.edit._base import EditProblem, Norm
-from torch_prepared.edit._metric import Metric
+from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._loss import BehaviorLoss
+from torch_prepared.edit._metric import Metric, behavior_metric
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.solvers import LinearProgram, Status, project, solve
 
-__all__ = ["AtomicDistance", "Distance", "QuadraticDistance", "Rows", "Step", "choose_distance"]
+__all__ = [
+    "AtomicDistance",
+    "BehaviorDistance",
+    "Distance",
+    "QuadraticDistance",
+    "Rows",
+    "Step",
+    "choose_distance",
+    "quadratic_distance",
+]
 
 ROUNDS = 300
 OPTIMAL = 1e-3  #: relative gap at which column generation stops
+NEWTON_STEPS, NEWTON_GAIN = 25, 0.98  #: most of them, and how far one must bring the distance down
+SHORTER, LEAST_SHARE = 0.4, 1e-3  #: of a step, while the distance does not fall
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Half-spaces' normals (m, p), float32, with what a distance keeps about them."""
+    """Half-spaces' normals (m, p) with what a distance keeps about them."""
 
     jacobian: Tensor
     inverse: Tensor
@@ -47,7 +64,7 @@ class Rows:
 
     def effect(self, vector: Tensor) -> Tensor:
         """Inner products (m,) with a vector (p,), float64."""
-        return (self.jacobian @ vector.float()).double()
+        return (self.jacobian @ vector.to(self.jacobian)).double()
 
     def combine(self, weights: Tensor) -> Tensor:
         """The step (p,), float64, whose multipliers are ``weights`` (m,)."""
@@ -77,6 +94,15 @@ class Distance(ABC):
     def step(self, rows: Rows, lift: Tensor) -> Step | None:
         """The smallest step with ``jacobian @ step >= lift`` (m,); None when none was found."""
 
+    def nearest(self, rows: Rows, delta: Tensor, lift: Tensor) -> Step | None:
+        """The step from ``delta`` (p,) to the smallest change with ``jacobian @ step >= lift``."""
+        found = self.step(rows, lift + rows.effect(delta))
+        return None if found is None else Step(found.delta - delta, found.multipliers)
+
+    def around(self, delta: Tensor) -> Distance:
+        """The same distance, steps measured as suits a change (p,) that has gone far."""
+        return self
+
 
 @dataclass(frozen=True)
 class QuadraticDistance(Distance):
@@ -101,6 +127,73 @@ class QuadraticDistance(Distance):
         if answer.status is Status.INFEASIBLE:
             return None
         return Step(rows.combine(torch.from_numpy(answer.multipliers)), answer.multipliers)
+
+
+@dataclass(frozen=True)
+class BehaviorDistance(QuadraticDistance):
+    """The behavior loss plus the metric's damping times the squared 2-norm of the change.
+
+    Steps are measured by the metric. The nearest change is found by projected quasi-Newton steps,
+    each shortened until the true distance falls; the metric stands for the Hessian.
+
+    Source: Schmidt, Kim and Sra, "Projected Newton-type methods in machine learning" (2011).
+
+    Args:
+        origin: (p,) float64, the original weights.
+        loss: of the behavior.
+        reference: the inputs on which behavior counts.
+        seed: of the metric's sketch.
+    """
+
+    origin: Tensor
+    loss: BehaviorLoss
+    reference: Reference
+    seed: int
+
+    def size(self, delta: Tensor) -> float:
+        return self.loss.value(self.origin + delta) + self._penalty(delta)
+
+    def nearest(self, rows: Rows, delta: Tensor, lift: Tensor) -> Step | None:
+        starts = self.step(rows, lift), super().nearest(rows, delta, lift)
+        known = [start for start in starts if start is not None]
+        if not known:
+            return None
+        best = min(known, key=lambda start: self.size(delta + start.delta))
+        step, multipliers, size = best.delta, best.multipliers, self.size(delta + best.delta)
+        for _ in range(NEWTON_STEPS):
+            home = self._newton(delta + step)
+            found = self.step(rows, lift - rows.effect(step) + rows.effect(home))
+            if found is None:
+                break
+            move, share, before = found.delta - home, 1.0, size
+            while share > LEAST_SHARE:
+                size = self.size(delta + step + share * move)
+                if size < before:
+                    break
+                share *= SHORTER
+            else:
+                break
+            step, multipliers = step + share * move, found.multipliers
+            if size > NEWTON_GAIN * before:
+                break
+        return Step(step, multipliers)
+
+    def around(self, delta: Tensor) -> BehaviorDistance:
+        loss = self.loss
+        changed = loss.vector.split((self.origin + delta).float())
+        metric = behavior_metric(
+            loss.graph.with_parameters(changed), loss.vector, self.reference, self.seed,
+            self.metric.damping, relative=False,
+        )  # fmt: skip
+        return replace(self, metric=metric)
+
+    def _newton(self, delta: Tensor) -> Tensor:
+        """How far to step back by the metric and the true gradient; ``delta`` if they agree."""
+        slope = 0.5 * self.loss.gradient(self.origin + delta) + self.metric.damping * delta
+        return self.metric.solve(slope[None])[0]
+
+    def _penalty(self, delta: Tensor) -> float:
+        return self.metric.damping * float(delta.square().sum())
 
 
 @dataclass(frozen=True)
@@ -174,7 +267,25 @@ def choose_distance(problem: EditProblem, vector: ParameterVector, damping: floa
     norm = problem.options.norm
     if norm in (Norm.L1, Norm.LINF, Norm.L1_PLUS_LINF):
         return AtomicDistance(norm)
-    return QuadraticDistance(problem.metric(vector, problem.reference, damping))
+    return quadratic_distance(problem, vector, problem.reference, damping)
+
+
+def quadratic_distance(
+    problem: EditProblem, vector: ParameterVector, reference: Reference, damping: float
+) -> QuadraticDistance:
+    """The 2-norm, or behavior on ``reference``: evaluated where that is cheap.
+
+    Raises:
+        SpecError: a norm that is not quadratic.
+    """
+    metric = problem.metric(vector, reference, damping)
+    if problem.options.norm is Norm.L2:
+        return QuadraticDistance(metric)
+    loss = BehaviorLoss.of(problem.graph, vector, reference, problem.options.seed)
+    if loss is None:
+        return QuadraticDistance(metric)
+    origin = vector.flatten(problem.exact.parameters).detach().clone()
+    return BehaviorDistance(metric, origin, loss, reference, problem.options.seed)
 
 
 def _gram(jacobian: Tensor, inverse: Tensor) -> Tensor:

@@ -142,8 +142,7 @@ def distances_to(regions: Sequence[InputSet], inputs: Tensor) -> tuple[Tensor, T
     for region in regions:
         beyond = torch.maximum(region.lower - points, points - region.upper).amax(dim=1)
         distance = torch.minimum(distance, beyond.clamp_min(0.0))
-        rounding = 1e-6 * float((region.upper - region.lower).max())
-        inside |= region.contains(points) | ((beyond > 0) & (beyond <= rounding))
+        inside |= region.contains(points, rounding=True)
     return distance, inside
 
 

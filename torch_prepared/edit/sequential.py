@@ -366,15 +366,12 @@ class _Search:
         """The point next to ``state`` that the linearized margins allow nearest to the origin."""
         if bundle.rows is None:
             return None
-        moved = state.theta - self.origin
-        lines = bundle.lines(state.theta, state.value)
-        step = self.distance.step(
-            bundle.rows, (self.aim - lines) * (1 + pull) + bundle.along(moved)
-        )
+        lift = (self.aim - bundle.lines(state.theta, state.value)) * (1 + pull)
+        step = self.distance.nearest(bundle.rows, state.theta - self.origin, lift)
         if step is None:
             return None
         bundle.used(step.multipliers)
-        theta = state.theta + (step.delta - moved) / (1 + pull)
+        theta = state.theta + step.delta / (1 + pull)
         return self._at(theta, state.slopes, self.margins.value(theta, state.slopes))
 
     # Points
