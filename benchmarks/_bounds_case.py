@@ -1,137 +1,45 @@
 """One measured call of ``fig_bounds`` in a process of its own: network, boxes, engine, JSON out.
 
-A process per call makes peak memory and running out of it attributable to one engine.
+A process per call makes peak memory and running out of it attributable to one engine. Every
+finished call prints a line, so that a process that is stopped leaves what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import itertools
+import importlib.util
 import json
 import resource
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
+from benchmarks._bounds_networks import NETWORKS, load_case
+from benchmarks._roofline import machine_rates, pass_work
 from torch_prepared.bounds import AlphaOptions, compute_bounds
-from torch_prepared.core.capture import capture_module
-from torch_prepared.core.graph import Graph, Node, ParameterRef
+from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.bounds.crown import bound_nodes
+from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
-from torch_prepared.core.onnx import load_onnx
 from torch_prepared.relax.module import graph_to_module
-from torch_prepared.specs import Box, load_vnnlib
+from torch_prepared.specs import Box
 
-__all__ = ["METHODS", "NETWORKS", "load_case"]
+__all__ = ["ITERATIONS", "LEARNING_RATE", "METHODS"]
 
-NETWORKS = {  # name -> file below vnncomp2022, or None for one with random weights
-    "acasxu_1_1": "acasxu/onnx/ACASXU_run2a_1_1_batch_2000.onnx.gz",
-    "mnist_256x4": "mnist_fc/onnx/mnist-net_256x4.onnx.gz",
-    "mnist_256x6": "mnist_fc/onnx/mnist-net_256x6.onnx.gz",
-    "oval21_base": "oval21/onnx/cifar_base_kw.onnx.gz",
-    "oval21_deep": "oval21/onnx/cifar_deep_kw.onnx.gz",
-    "oval21_wide": "oval21/onnx/cifar_wide_kw.onnx.gz",
-    "sri_resnet_a": "sri_resnet_a/onnx/resnet_3b2_bn_mixup_adv_4.0_bs128_lr-1.onnx.gz",
-    "resnet_16m": None,
-    "tiny": None,
-}
 METHODS = {
     "ibp": "IBP",
     "crown-ibp": "CROWN-IBP",
     "crown": "CROWN",
     "alpha-crown": "CROWN-Optimized",
 }
-ITERATIONS, LEARNING_RATE = 20, 0.1
-RADIUS = {"mnist": 0.03, "oval21": 0.02, "sri_resnet": 2 / 255 / 0.2, "resnet_16m": 1e-3}
-IMAGE_STATISTICS = {
-    "oval21": ((0.485, 0.456, 0.406), (0.225,) * 3),
-    "sri_resnet": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "resnet_16m": ((0.5,) * 3, (0.25,) * 3),
-}
-
-
-class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
-
-    def __init__(self, channels: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, outputs, 3, stride, 1)
-        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1)
-        self.shortcut = nn.Conv2d(channels, outputs, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sum of both paths, rectified."""
-        inner = self.second(torch.relu(self.first(x)))
-        return torch.relu(inner + self.shortcut(x))
-
-
-def _random_network(name: str) -> Graph:
-    torch.manual_seed(0)
-    if name == "tiny":
-        layers = [nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()]
-        return capture_module(nn.Sequential(*layers, nn.Linear(16, 3)), torch.zeros(1, 3, 2, 2))
-    widths = (64, 128, 256, 512, 512, 512)
-    blocks = [Block(a, b, 1 if a == b == 512 else 2) for a, b in itertools.pairwise(widths)]
-    head = [nn.Flatten(), nn.Linear(512 * 16 // 4, 1000), nn.ReLU(), nn.Linear(1000, 10)]
-    stem = [nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU()]
-    return capture_module(nn.Sequential(*stem, *blocks, *head), torch.zeros(1, 3, 32, 32))
-
-
-def _plain(graph: Graph) -> Graph:
-    """The graph with parameters stored as its operators read them: neither engine transposes."""
-    parameters, nodes = {}, []
-    for node in graph.nodes:
-        refs = {}
-        for role, ref in node.params.items():
-            key = f"{node.name}.{role}"
-            parameters[key] = ref.read(graph.parameters).detach().clone().contiguous()
-            refs[role] = ParameterRef(key)
-        nodes.append(Node(node.name, node.op, node.inputs, node.shape, refs, node.attrs))
-    return Graph(tuple(nodes), parameters, frozenset())
-
-
-def _images(name: str, count: int, data: Path) -> Interval:
-    """Real images with a radius around each pixel, clipped and normalized."""
-    family = next(key for key in RADIUS if name.startswith(key))
-    if family == "mnist":
-        packed = next((data / "mnist").glob("t10k*images*")).read_bytes()
-        pixels = np.frombuffer(gzip.decompress(packed), np.uint8, offset=16).reshape(-1, 784)
-        x = torch.from_numpy(pixels[np.arange(count) % len(pixels)].copy()).float() / 255
-        return Interval((x - RADIUS[family]).clamp(0, 1), (x + RADIUS[family]).clamp(0, 1))
-    with np.load(data / "cifar10" / "cifar10_test_exact.npz") as archive:
-        pixels = archive["images"]
-    chosen = pixels[np.arange(count) % len(pixels)]
-    x = torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 255
-    means, scales = IMAGE_STATISTICS[family]
-    mean, scale = torch.tensor(means).view(3, 1, 1), torch.tensor(scales).view(3, 1, 1)
-    low, high = torch.zeros(1) - mean, torch.ones(1) - mean
-    middle, radius = (x - mean) / scale, RADIUS[family]
-    ends = (middle - radius).maximum(low / scale), (middle + radius).minimum(high / scale)
-    return Interval(ends[0].flatten(1), ends[1].flatten(1))
-
-
-def load_case(name: str, count: int, data: Path) -> tuple[Graph, Interval]:
-    """A network in float32 and ``count`` boxes (count, n)."""
-    file = NETWORKS[name]
-    folder = data / "vnncomp2022"
-    graph = _plain(_random_network(name) if file is None else load_onnx(folder / file).graph)
-    generator = torch.Generator().manual_seed(0)
-    if name == "tiny":
-        x = torch.rand(count, graph.input_size, generator=generator)
-        return graph, Interval(x - 0.1, x + 0.1)
-    if name.startswith("acasxu"):
-        region = load_vnnlib(folder / "acasxu/vnnlib/prop_2.vnnlib.gz")[0].region
-        width = (region.upper - region.lower) / 4
-        share = torch.rand(count, region.size, generator=generator, dtype=torch.float64)
-        start = region.lower + share * (region.upper - region.lower - width)
-        return graph, Interval(start.float(), (start + width).float())
-    return graph, _images(name, count, data)
+ITERATIONS, LEARNING_RATE = 20, 0.25  # 0.1 and 0.5 (auto_LiRPA's own) leave both engines looser
+ENOUGH_SECONDS = 10.0  # slow calls have warmed up long before their end
 
 
 def _ours(graph: Graph, box: Interval, method: str, memory: int) -> Callable[[], Interval]:
@@ -154,6 +62,9 @@ def _theirs(graph: Graph, box: Interval, method: str, path: Path | None) -> Call
         name = "alpha-CROWN" if method == "alpha-crown" else METHODS[method]
         return lambda: lirpa_bounds(module, shaped, None, name, ITERATIONS)  # type: ignore[arg-type]
     sys.path.insert(0, str(path))
+    if importlib.util.find_spec("graphviz") is None:  # imported for drawing only
+        sys.modules["graphviz"] = types.ModuleType("graphviz")
+        sys.modules["graphviz"].Digraph = object  # type: ignore[attr-defined]
     import auto_LiRPA
 
     center = box.center.reshape(-1, *graph.input_shape)
@@ -175,12 +86,54 @@ def _theirs(graph: Graph, box: Interval, method: str, path: Path | None) -> Call
     return call
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _status(key: str) -> float:
+    """A size in MB from the kernel's account of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status: no line {key!r}")
+
+
+def _watch_memory() -> Callable[[], float]:
+    """Forget the peak; the function returned tells how far above now it has been since, in MB."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        start = _status("VmRSS:")
+    except OSError:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - used
+    return lambda: max(_status("VmHWM:") - start, 0.0)
+
+
+def _measure(call: Callable[[], Interval], repeats: int) -> None:
+    """Call once to warm up and then ``repeats`` times; print what is known after each."""
+    peak = _watch_memory()
+    wall: list[float] = []
+    cpu: list[float] = []
+    while len(wall) <= repeats and sum(wall) <= ENOUGH_SECONDS:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        found = call()
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - cpu_start)
+        kept = slice(1, None) if len(wall) > 1 else slice(None)
+        numbers = {
+            "seconds": min(wall[kept]),
+            "cpu_seconds": min(cpu[kept]),
+            "width": float(found.width.double().mean()),
+            "memory_mb": peak(),
+            "repeats": len(wall) - 1,
+        }
+        print(json.dumps(numbers), flush=True)
+
+
+def _roofline(graph: Graph, box: Interval, max_memory: int) -> dict[str, float]:
+    with torch.no_grad():
+        boxes = bound_nodes(graph, RegionBatch(box.lower, box.upper), max_memory=max_memory)
+    return pass_work(graph, boxes, 2 * graph.output_size) | machine_rates()
 
 
 def main() -> None:
-    """Measure one call and print a JSON object."""
+    """Measure one case; print a JSON object after each call and one with the roofline."""
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine", choices=["ours", "auto_lirpa"])
@@ -199,21 +152,9 @@ def main() -> None:
         call = _ours(graph, box, options.method, options.max_memory)
     else:
         call = _theirs(graph, box, options.method, options.auto_lirpa)
-    before = _peak()
-    wall, cpu, found = [], [], None
-    for _ in range(options.repeats + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        found = call()
-        wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - cpu_start)
-        if sum(wall) > 10:  # slow calls have warmed up long before their end
-            break
-    width = float(found.width.double().mean()) if found is not None else float("nan")
-    kept = slice(1, None) if len(wall) > 1 else slice(None)
-    print(json.dumps({
-        "seconds": min(wall[kept]), "cpu_seconds": min(cpu[kept]), "width": width,
-        "memory_mb": max(_peak() - before, 0.0), "repeats": len(wall) - 1,
-    }))  # fmt: skip
+    _measure(call, options.repeats)
+    if options.engine == "ours" and options.method == "crown":
+        print(json.dumps(_roofline(graph, box, options.max_memory)))
 
 
 if __name__ == "__main__":

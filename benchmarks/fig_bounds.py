@@ -2,14 +2,17 @@
 
 ``python -m benchmarks.fig_bounds run --data ../shared/data [--auto-lirpa PATH] [--smoke]`` writes
 ``benchmarks/results/bounds.json``, a row as soon as it is measured; ``... plot`` draws it from the
-JSON alone. ``PATH`` is a source tree of auto_LiRPA; without it the installed release is used. Each
-engine runs in a process of its own, one after the other, under the same limits of wall seconds and
-address space; a time-out, a refusal or a lack of memory is a row with its reason.
+JSON alone, and ``... table`` prints ratios and the roofline. ``PATH`` is a source tree of
+auto_LiRPA; without it the installed release is used. Each engine runs in a process of its own, one
+after the other, under the same limits of wall seconds and address space. A time-out, a refusal or
+a lack of memory is a row with its reason; an engine that failed at one batch size is not tried at
+larger ones. The same command continues an interrupted run (``--fresh`` starts over), and stops
+after ``--minutes`` with what it has.
 
-``cpu_seconds`` is the least CPU time of the repeats after one warm-up: with one thread it is the
-wall time of an idle machine. The roofline divides the operations that dense CROWN would take
-(``bounds.cost.crown_flops``) by it; what is skipped as useless makes this exceed the machine's own
-rate.
+Times are the least of the repeats after one warm-up, or of the only call where that took long:
+CPU time with one thread, which is the wall time of an idle machine, else wall time. The roofline
+(``_roofline``) divides operations and bytes that CROWN cannot avoid by the seconds it took, beside
+a matrix product and a copy measured in the same process.
 """
 
 from __future__ import annotations
@@ -23,16 +26,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from benchmarks._bounds_case import METHODS, NETWORKS, load_case
-from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
-from torch_prepared.bounds.cost import crown_flops
+from benchmarks._bounds_case import ITERATIONS, LEARNING_RATE, METHODS
+from benchmarks._bounds_networks import NETWORKS
+from benchmarks._bounds_report import plot, table, times
+from benchmarks._common import (
+    FIGURES,
+    HERE,
+    RESULTS,
+    SCHEMA,
+    environment,
+    settings_digest,
+    write_json,
+)
 
 DATA = HERE.parent.parent / "shared" / "data"
 ENGINES = ("ours", "auto_lirpa")
-BATCHES = {"acasxu_1_1": (1, 64, 512, 4096), "sri_resnet_a": (1, 8, 64), "resnet_16m": (1,)}
-USUAL_BATCHES = (1, 64, 512)
+BATCHES = {"acasxu_1_1": (1, 64, 512, 4096), "resnet_17m": (1, 2)}
+USUAL_BATCHES = (1, 8, 64, 512)
+MAX_MEMORY = 1 << 30  # bytes that one backward pass of ours may take
+NOT_RUN = "not run: failed at batch"
 Row = dict[str, object]
 
 
@@ -40,8 +52,8 @@ def _cases(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     if options.smoke:
         yield from (("tiny", method, 2) for method in METHODS)
         return
-    for network in options.networks or [n for n in NETWORKS if n != "tiny"]:
-        for method in options.methods:
+    for method in options.methods:
+        for network in options.networks or [n for n in NETWORKS if n != "tiny"]:
             for batch in BATCHES.get(network, USUAL_BATCHES):
                 if batch <= options.max_batch:
                     yield network, method, batch
@@ -54,6 +66,7 @@ def _measure(
     command = [
         sys.executable, "-m", "benchmarks._bounds_case", engine, network, method, str(batch),
         "--data", str(options.data), "--threads", str(options.threads),
+        "--max-memory", str(MAX_MEMORY),
     ]  # fmt: skip
     if options.auto_lirpa is not None:
         command += ["--auto-lirpa", str(options.auto_lirpa)]
@@ -61,147 +74,113 @@ def _measure(
     limit = int(options.memory_gb * 2**30)
     try:
         done = subprocess.run(
-            command, cwd=HERE.parent, capture_output=True, text=True, check=False,
-            timeout=options.limit,
+            command, cwd=HERE.parent, capture_output=True, check=False, timeout=options.limit,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return row | {"failure": f"more than {options.limit:g} s"}
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    except subprocess.TimeoutExpired as stopped:
+        found = _numbers(stopped.stdout)
+        return row | (found or {"failure": f"more than {options.limit:g} s"})
+    found = _numbers(done.stdout)
+    if done.returncode and not found:
+        lines = [line for line in done.stderr.decode().splitlines() if line.strip()]
         return row | {"failure": lines[-1][:160] if lines else f"exit status {done.returncode}"}
-    numbers: Row = json.loads(done.stdout.splitlines()[-1])
-    return row | numbers
+    return row | found
 
 
-def _rates(threads: int) -> dict[str, float]:
-    """Measured peaks of the machine: matrix product in FLOP/s, copy in bytes/s."""
-    torch.set_num_threads(threads)
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    source = torch.randn(1 << 24)
-    target = torch.empty_like(source)
-
-    def best(call: object) -> float:
-        seconds = []
-        for _ in range(7):
-            start = time.process_time()
-            call()  # type: ignore[operator]
-            seconds.append(time.process_time() - start)
-        return min(seconds)
-
-    product = best(lambda: a @ b)
-    copied = best(lambda: target.copy_(source))
-    return {
-        "matmul_flops": 2 * 2048**3 / product,
-        "copy_bytes": 2 * source.numel() * source.element_size() / copied,
-    }
+def _numbers(output: bytes | None) -> Row:
+    """What a case printed, all complete lines together; later ones replace earlier ones."""
+    found: Row = {}
+    for line in (output or b"").decode().splitlines(keepends=True):
+        if line.startswith("{") and line.endswith("\n"):
+            found |= json.loads(line)
+    return found
 
 
-def run(options: argparse.Namespace, output: Path) -> None:
-    """Measure all cases, writing the JSON after each."""
-    rows: list[Row] = []
-    head = {
-        "schema": SCHEMA,
-        **environment(),
+def _head(options: argparse.Namespace) -> Row:
+    settings: Row = {
         "threads": options.threads,
         "limit_seconds": options.limit,
         "memory_gb": options.memory_gb,
+        "max_memory": MAX_MEMORY,
+        "iterations": ITERATIONS,
+        "learning_rate": LEARNING_RATE,
         "auto_lirpa": "source tree" if options.auto_lirpa else "installed",
-        "rates": _rates(options.threads),
     }
+    return {"schema": SCHEMA, **environment(), **settings, "digest": settings_digest(settings)}
+
+
+def _key(row: Row) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("network", "method", "batch", "engine"))
+
+
+def _earlier(output: Path, digest: object) -> list[Row]:
+    """Rows of an interrupted run with the same settings."""
+    try:
+        record = json.loads(output.read_text())
+    except (OSError, ValueError):
+        return []
+    return list(record["rows"]) if record.get("digest") == digest else []
+
+
+def run(options: argparse.Namespace, output: Path) -> None:
+    """Measure all cases that have no row yet, writing the JSON after each."""
+    head, end = _head(options), time.monotonic() + 60 * options.minutes
+    rows = [] if options.fresh else _earlier(output, head["digest"])
+    known = {_key(row) for row in rows}
     for network, method, batch in _cases(options):
         for engine in ENGINES:
-            row = _measure(engine, network, method, batch, options)
-            if method == "crown" and "failure" not in row:
-                graph, _ = load_case(network, 1, options.data)
-                dense = crown_flops(graph) * batch
-                row["dense_flops_per_second"] = dense / float(str(row["cpu_seconds"]))
+            key = (network, method, batch, engine)
+            if key in known:
+                continue
+            if time.monotonic() > end:
+                print("time is over; the same command continues", file=sys.stderr)
+                return
+            failed = [r["batch"] for r in rows if (*_key(r)[:2], r["engine"]) == (*key[:2], engine)
+                      and "failure" in r]  # fmt: skip
+            if failed:
+                row = {"network": network, "method": method, "batch": batch, "engine": engine,
+                       "failure": f"{NOT_RUN} {failed[0]}"}  # fmt: skip
+            else:
+                row = _measure(engine, network, method, batch, options)
             rows.append(row)
             write_json(output, {**head, "rows": rows})
-            print(_line(row), file=sys.stderr, flush=True)
+            print(_line(row, options.threads), file=sys.stderr, flush=True)
 
 
-def _line(row: Row) -> str:
-    name = f"{row['network']:13s} {row['method']:12s} {row['batch']:5d} {row['engine']:11s}"
+def _line(row: Row, threads: int) -> str:
+    name = f"{row['network']:12s} {row['method']:11s} {row['batch']:5d} {row['engine']:10s}"
     if "failure" in row:
         return f"{name} {row['failure']}"
-    return (
-        f"{name} {row['cpu_seconds']:10.4f} s  {row['memory_mb']:8.0f} MB  width {row['width']:.6g}"
-    )
-
-
-def ratios(rows: list[Row]) -> list[tuple[str, float, float]]:
-    """``(case, how much faster we are, our mean width over theirs)`` where both engines ended."""
-    found: dict[tuple[object, ...], dict[object, Row]] = {}
-    for row in rows:
-        found.setdefault((row["network"], row["method"], row["batch"]), {})[row["engine"]] = row
-    result = []
-    for key, pair in found.items():
-        ours, theirs = pair.get("ours"), pair.get("auto_lirpa")
-        if not ours or not theirs or "failure" in ours or "failure" in theirs:
-            continue
-        seconds = float(str(theirs["cpu_seconds"])) / float(str(ours["cpu_seconds"]))
-        width = float(str(ours["width"])) / float(str(theirs["width"]))
-        result.append((f"{key[0]} {key[1]} {key[2]}", seconds, width))
-    return result
-
-
-def plot(source: Path, figure: Path) -> None:
-    """Draw the ratios of time, and seconds per region, from the JSON alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    record = json.loads(source.read_text())
-    bars = ratios(record["rows"])
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(13, 0.22 * len(bars) + 2.5))
-    left.barh([name for name, _, _ in bars][::-1], [r for _, r, _ in bars][::-1])
-    left.axvline(1.0, color="black", linewidth=0.8)
-    left.set_xscale("log")
-    left.tick_params(axis="y", labelsize=6)
-    left.set_xlabel("CPU seconds of auto_LiRPA / ours")
-    for engine, style in (("ours", "o-"), ("auto_lirpa", "x--")):
-        for network in sorted({r["network"] for r in record["rows"]}):
-            points = [
-                (r["batch"], r["cpu_seconds"] / r["batch"])
-                for r in record["rows"]
-                if r["network"] == network and r["method"] == "crown" and r["engine"] == engine
-                and "failure" not in r
-            ]  # fmt: skip
-            if points:
-                right.plot(*zip(*points, strict=True), style, label=f"{network} {engine}")
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.set_xlabel("regions in a batch")
-    right.set_ylabel("CROWN: CPU seconds per region")
-    right.legend(fontsize=5)
-    drawing.suptitle(f"{record['device']}, {record['threads']} thread(s)", fontsize=8)
-    drawing.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
+    seconds = float(str(row[times(threads)]))
+    return f"{name} {seconds:10.4f} s  {row['memory_mb']:8.0f} MB  width {row['width']:.6g}"
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
+    parser.add_argument(
+        "command", nargs="?", choices=["run", "plot", "table", "all"], default="all"
+    )
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--auto-lirpa", type=Path, help="source tree of auto_LiRPA")
     parser.add_argument("--networks", type=lambda text: text.split(","))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--max-batch", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=120.0, help="wall seconds of a process")
+    parser.add_argument("--limit", type=float, default=60.0, help="wall seconds of a process")
+    parser.add_argument("--minutes", type=float, default=45.0, help="of the whole run")
     parser.add_argument("--memory-gb", type=float, default=10.0, help="address space of a process")
+    parser.add_argument("--fresh", action="store_true", help="measure again what has a row")
     parser.add_argument("--smoke", action="store_true", help="a tiny network, to test the script")
     parser.add_argument("--output", type=Path, help="JSON file to write or read")
     options = parser.parse_args()
     output = options.output or RESULTS / ("bounds_smoke.json" if options.smoke else "bounds.json")
-    if options.command != "plot":
+    if options.command in ("run", "all"):
         run(options, output)
-    if options.command != "run":
+    if options.command in ("plot", "all"):
         plot(output, FIGURES / f"{output.stem}.png")
+    if options.command in ("table", "all"):
+        print(table(output))
 
 
 if __name__ == "__main__":

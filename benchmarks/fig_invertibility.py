@@ -8,9 +8,10 @@ are left out where it is absent, like those of the classifier without MNIST.
 
 one-dimensional   random 1-10-10-1: radii r (any pair) and R (the center and another input)
 brusselator       time stepper with a parameter: R by branch and bound with a replayed certificate
-                  and by the mixed-integer program alone, with CROWN and interval bounds; r; a map
-                  of R over the plane; R and r along the parameter
-van der pol       flow map and pruned copies: radius on which one is a function of the other
+                  and by the mixed-integer program alone, with CROWN and interval bounds; r, with a
+                  replayed certificate; a map of R over the plane; R and r along the parameter
+van der pol       flow map and pruned copies: radius on which one is a function of the other, with a
+                  replayed certificate
 mnist             784-24-24-10: nearest image of another digit with exactly the same ten outputs
 """
 
@@ -85,6 +86,11 @@ def _row(case: str, metric: str, center: object, answer: RadiusBound, **more: ob
         "integers": answer.integers,
         "seconds": answer.seconds,
         "certified": answer.certified is not None,
+        "pairs": None if answer.certified is None else answer.certified.check.pairs,
+        "certified_radius": None
+        if answer.certified is None
+        else answer.certified.certificate.claim.radius,
+        "replay_seconds": None if answer.certified is None else answer.certified.check.seconds,
         "witness": witness,
         **more,
     }
@@ -217,7 +223,10 @@ CASES: dict[str, Callable[[Study], Iterator[Row]]] = {
 
 
 def run(study: Study, chosen: list[str], output: Path) -> None:
-    """Ask every question; the JSON is written after every case, rows of other cases are kept."""
+    """Ask every question; the JSON is written after every case.
+
+    Rows of other cases are kept, and so are earlier ones of a case that is left out now.
+    """
     torch.set_num_threads(study.threads)
     kept: dict[str, list[Row]] = {}
     settings: dict[str, Row] = {}
@@ -225,9 +234,9 @@ def run(study: Study, chosen: list[str], output: Path) -> None:
         before = json.loads(output.read_text())
         kept, settings = before["rows_by_case"], before["by_case"]
     for name in chosen:
-        kept[name] = []
+        rows: list[Row] = []
         for row in CASES[name](study):
-            kept[name].append(row)
+            rows.append(row)
             if "lower" in row:
                 texts = [row["case"], row["metric"], row["center"] or "", row["evidence"]]
                 print(
@@ -235,6 +244,9 @@ def run(study: Study, chosen: list[str], output: Path) -> None:
                     *(f"{k} {row[k]:.6g}" for k in ("lower", "upper", "seconds")),
                     flush=True,
                 )
+        if not rows:  # left out: what an earlier run found stays
+            continue
+        kept[name] = rows
         settings[name] = {
             "seconds": study.seconds,
             "threads": study.threads,

@@ -5,12 +5,16 @@
 it does both. Networks are ACAS Xu's 1_1, 2_9 and 5_9, the region is that of property 2 (which
 the networks violate in part, so the whole volume cannot be certified), each in float32:
 
-general   batched torch engine for any network
-chain     native operator for fully connected ReLU networks
+general   CROWN by the batched engine for any network
+chain     CROWN by the native operator for fully connected ReLU networks
 inherit   the same, with each leaf's intervals intersected with its parent's
+slopes    the same, and optimized slopes, shared by all rows of a box, where ``SplitTree.grow``
+          expects them to prove it
+alpha     alpha-CROWN of every leaf, all inner values included
 
 ``throughput`` bounds one batch of random boxes whose sides are 3 to 10 % of the region's, over
-and over; ``search`` halves the region breadth first until the time is up.
+and over (``slopes``: searches slopes for each); ``search`` halves the region breadth first until
+the time is up.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,38 +33,32 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, measure, write_json
+from benchmarks._leaf_engines import (
+    CHUNKS,
+    ENGINES,
+    USUAL_CHUNK,
+    Inheriting,
+    make_engine,
+    search_slopes,
+)
 from torch_prepared import ops
 from torch_prepared.bounds import PropertyBatch
-from torch_prepared.bounds.branch import LeafBounds, LeafEngine, SplitTree
+from torch_prepared.bounds._leaf import SlopedEngine
+from torch_prepared.bounds.branch import SplitTree
 from torch_prepared.bounds.chain import Chain
-from torch_prepared.bounds.engine import chain_engine, general_engine
+from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.onnx import load_onnx
 from torch_prepared.specs import load_vnnlib
 
 DATA = HERE.parent.parent / "shared" / "data"
 NETWORKS = ("1_1", "2_9", "5_9")
-ENGINES = ("general", "chain", "inherit")
 SIDES = (0.03, 0.10)
 SLACK = 1e-4
-CHUNK = 4096
 MAX_LEAVES = 4_000_000
-
-
-@dataclass
-class Inheriting:
-    """A leaf engine that intersects with ``known`` (None: nothing) and keeps what it found."""
-
-    chain: Chain
-    batch: PropertyBatch
-    known: Interval | None = None
-    found: Interval | None = None
-
-    def __call__(self, box: Interval) -> LeafBounds:
-        """Bounds of the property's rows."""
-        bounds = self.chain.bounds(box, self.batch.rows[0], self.known)
-        self.found = bounds.hidden
-        return bounds
+ITERATIONS = 20  # of alpha-CROWN
+COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red")
+SAMPLES = 200  # of a curve, at most
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,19 @@ def _random_boxes(batch: PropertyBatch, count: int) -> Interval:
 def _throughput(
     engine: str, chain: Chain, batch: PropertyBatch, smoke: bool
 ) -> list[tuple[str, float, str]]:
-    box = _random_boxes(batch, 64 if smoke else 8192)
-    if engine == "general":
-        call: LeafEngine = general_engine(chain.graph, batch)
-    elif engine == "chain":
-        call = chain_engine(chain, batch)
-    else:
+    count = 64 if smoke else 2 * CHUNKS.get(engine, USUAL_CHUNK)
+    box = _random_boxes(batch, count)
+    made = make_engine(engine, chain, batch, ITERATIONS)
+    call: Callable[[Interval], object] = made
+    if isinstance(made, Inheriting):
         twice = Interval(box.center - box.width, box.center + box.width)
-        call = Inheriting(chain, batch, chain.bounds(twice, batch.rows[0]).hidden)
+        made.known = chain.bounds(twice, batch.rows[0]).hidden
+    elif isinstance(made, SlopedEngine):
+        call = partial(search_slopes, made, batch=batch, slack=SLACK)
     start = time.process_time()
-    timing = measure(lambda: call(box), repeats=2 if smoke else 7, warmup=1)
+    quick = smoke or engine == "alpha"
+    timing = measure(lambda: call(box), repeats=2 if quick else 7, warmup=1)
     cpu = (time.process_time() - start) / (timing.repeats + 1)
-    count = len(box.lower)
     return [
         ("throughput", count / timing.median, "leaves/s"),
         ("throughput_spread", count * timing.spread / timing.median**2, "leaves/s"),
@@ -112,46 +112,62 @@ def _throughput(
     ]
 
 
-def _search(engine: str, chain: Chain, batch: PropertyBatch, seconds: float) -> Iterator[Sample]:
-    tree = SplitTree(batch, SLACK)
-    inherit = Inheriting(chain, batch)
-    call: LeafEngine = {
-        "general": general_engine(chain.graph, batch),
-        "chain": chain_engine(chain, batch),
-        "inherit": inherit,
-    }[engine]
+def _search(name: str, chain: Chain, batch: PropertyBatch, seconds: float) -> Iterator[Sample]:
+    tree, engine = SplitTree(batch, SLACK), make_engine(name, chain, batch, ITERATIONS)
+    if isinstance(engine, SlopedEngine):
+        yield from _grow(tree, engine, seconds)
+        return
+    inherit = engine if isinstance(engine, Inheriting) else None
+    chunk = CHUNKS.get(name, USUAL_CHUNK)
     queue: list[tuple[NDArray[np.int64], Interval | None]] = [(np.zeros(1, np.int64), None)]
     start, leaves, volume = time.perf_counter(), 0, 0.0
     while queue and leaves < MAX_LEAVES and time.perf_counter() - start < seconds:
-        part, inherit.known = queue.pop(0)
-        tree.bound(call, part, CHUNK)
+        part, known = queue.pop(0)
+        if inherit is not None:
+            inherit.known = known
+        tree.bound(engine, part, chunk)
         leaves += len(part)
         proved = tree.margins(part) > SLACK
         volume += tree.volume(part[proved])
         yield Sample(time.perf_counter() - start, leaves, volume)
-        children = tree.split(part[~proved])
-        known = None
-        if engine == "inherit" and inherit.found is not None:
+        children, known = tree.split(part[~proved]), None
+        if inherit is not None and inherit.found is not None:
             one = inherit.found[torch.from_numpy(~proved)]
             known = one.map(lambda end: torch.cat([end, end]))
-        _push(queue, children, known)
+        _push(queue, children, known, chunk)
+
+
+def _grow(tree: SplitTree, engine: SlopedEngine, seconds: float) -> Iterator[Sample]:
+    """The library's own loop; the volume is looked at now and then, since that takes time."""
+    start, leaves, seen = time.perf_counter(), 0, 0.0
+    last = Sample(0.0, 0, 0.0)
+    for count, _ in tree.grow(engine, Deadline(seconds), MAX_LEAVES, USUAL_CHUNK):
+        leaves += count
+        now = time.perf_counter() - start
+        if now - seen > seconds / SAMPLES:
+            last = Sample(now, leaves, 1.0 - tree.volume(tree.open))
+            seen = time.perf_counter() - start
+            yield last
+    if leaves > last.leaves:
+        yield Sample(time.perf_counter() - start, leaves, 1.0 - tree.volume(tree.open))
 
 
 def _push(
     queue: list[tuple[NDArray[np.int64], Interval | None]],
     children: NDArray[np.int64],
     known: Interval | None,
+    chunk: int,
 ) -> None:
-    """Append children in pieces of at most CHUNK, joined to the last piece while it is small."""
-    if len(queue) > 1 and len(queue[-1][0]) + len(children) <= CHUNK:
+    """Append children in pieces of at most a chunk, joined to the last piece while it is small."""
+    if len(queue) > 1 and len(queue[-1][0]) + len(children) <= chunk:
         before, old = queue.pop()
         children = np.concatenate([before, children])
         if known is not None and old is not None:
             known = Interval(
                 torch.cat([old.lower, known.lower]), torch.cat([old.upper, known.upper])
             )
-    for first in range(0, len(children), CHUNK):
-        piece = slice(first, first + CHUNK)
+    for first in range(0, len(children), chunk):
+        piece = slice(first, first + chunk)
         queue.append((children[piece], None if known is None else known[piece]))
 
 
@@ -175,7 +191,7 @@ def run(seconds: float, threads: int, smoke: bool, data: Path, output: Path) -> 
                 ("volume_per_second", _volume_rate(samples), "1/s"),
             ]
             rows += [{"case": case, "metric": m, "value": v, "unit": u} for m, v, u in found]
-            step = max(1, len(samples) // 200)
+            step = max(1, len(samples) // SAMPLES)
             curves[case] = [(s.seconds, s.leaves, s.volume) for s in samples[::step]]
             print(case, *(f"{m} {v:.6g}" for m, v, _ in found), flush=True)
     record = {
@@ -186,7 +202,14 @@ def run(seconds: float, threads: int, smoke: bool, data: Path, output: Path) -> 
         "seed": 0,
         "threads": threads,
         "load_average": os.getloadavg(),
-        "parameters": {"seconds": seconds, "sides": SIDES, "slack": SLACK, "chunk": CHUNK},
+        "parameters": {
+            "seconds": seconds,
+            "sides": SIDES,
+            "slack": SLACK,
+            "chunk": USUAL_CHUNK,
+            "chunks": CHUNKS,
+            "iterations": ITERATIONS,
+        },
         "smoke": smoke,
         "rows": rows,
         "curves": curves,
@@ -212,7 +235,7 @@ def plot(source: Path, figure: Path) -> None:
     record = json.loads(source.read_text())
     rates = {r["case"]: r["value"] for r in record["rows"] if r["metric"] == "throughput"}
     drawing, (bars, lines) = pyplot.subplots(1, 2, figsize=(11, 4))
-    colors = dict(zip(ENGINES, ("tab:gray", "tab:blue", "tab:orange"), strict=True))
+    colors = dict(zip(ENGINES, COLORS, strict=True))
     styles = dict(zip(NETWORKS, ("-", "--", ":"), strict=True))
     cases = list(rates)[::-1]
     bars.barh(cases, [rates[c] for c in cases], color=[colors[c.split()[1]] for c in cases])

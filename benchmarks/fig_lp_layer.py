@@ -5,7 +5,7 @@
 draws it from the JSON alone. A case is a kind (``projection``: nearest point in the 2-norm;
 ``l1``: in the 1-norm), a size n x m with dense rows of their own for every sample, a batch and a
 method; it runs in its own process under a limit of wall time. A peer that reached the limit, or
-failed, with the same n and no larger m and batch is not run again: such rows say so. Peers use
+failed, with no larger n, m and batch is not run again: such rows say so. Peers use
 their default accuracy and derivative and two worker threads; building their problem is not timed.
 """
 
@@ -54,8 +54,7 @@ def _hopeless(case: Case, rows: list[Row]) -> str | None:
     for row in rows:
         same = row["kind"] == case.kind and row["method"] == case.method
         ended = row["outcome"] in ("timeout", "failed")
-        smaller = row["n"] == case.n
-        smaller &= all(int(str(row[key])) <= getattr(case, key) for key in ("m", "batch"))
+        smaller = all(int(str(row[key])) <= getattr(case, key) for key in ("n", "m", "batch"))
         if same and ended and smaller and case.method != "ours":
             size = f"{row['n']} x {row['m']}, batch {row['batch']}"
             return f"not run: {row['outcome']} at {size}"

@@ -6,7 +6,7 @@ it does both. A 256x2 network is trained on MNIST, then fine-tuned from there in
 differ only in what is done about ten robustness properties (the first ten test images):
 
 plain      nothing
-hook       ``EditHook`` at its default schedule, every 100 optimizer steps
+hook       ``EditHook`` at its default schedule, every 250 optimizer steps
 prepared   ``PreparedModule``, for some steps only, as each costs many plain ones
 
 Seconds are given as process CPU time and as wall time; the hook's own share is measured inside of
@@ -53,7 +53,7 @@ class Settings:
     rate: float = 1e-4
     images: int = 10
     radii: tuple[float, ...] = (0.03, 0.05)
-    every: int = 100
+    every: int = EverySteps().every
     prepared_steps: int = 300
     limit: float = 60.0
     seed: int = 0

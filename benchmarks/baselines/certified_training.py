@@ -16,8 +16,6 @@ full size from the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ from benchmarks.baselines._training import Student, Verdict
 from torch_prepared.bounds import PropertyBatch, RegionBatch
 from torch_prepared.bounds.api import Method, certified_margin
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit._base import Candidates, Editor, EditProblem
 from torch_prepared.edit._margin import aimed_margin
 
 __all__ = ["CertifiedTrainingEditor"]
@@ -42,7 +40,7 @@ class CertifiedTrainingEditor(Editor):
 
     name = "certified_training"
 
-    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         """Networks that are proved, until time is up."""
         student = Student.of(problem, deadline)
         whole = PropertyBatch.of(problem.properties, torch.float32, student.graph.device)

@@ -15,14 +15,12 @@ distillation instead of the task loss, so that no labels are needed; the search 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from benchmarks.baselines._training import Student
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit._base import Candidates, Editor, EditProblem
 from torch_prepared.edit._margin import aimed_margin
 from torch_prepared.specs import Property
 
@@ -43,7 +41,7 @@ class PenaltyEditor(Editor):
 
     name = "penalty"
 
-    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         """Networks that were attacked in vain and proved, until time is up."""
         student = Student.of(problem, deadline)
         unit = aimed_margin(problem)

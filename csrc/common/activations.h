@@ -1,6 +1,7 @@
 // Facts about smooth activations, shared by CPU and CUDA. A struct per activation states
 //   value(x), derivative(x)  with a bound on the absolute error of the computed number,
-//   second(x)                second derivative (used for gradients and root finding only),
+//   second(x)                second derivative (used for gradients only),
+//   jet(x)                   all three without errors, quickly (used for root finding only),
 //   slope_min(), slope_max() a range that contains every derivative,
 //   kKinked                  whether the derivative jumps somewhere; then value(x) must have a
 //                            small relative error near the jump,
@@ -19,6 +20,10 @@ namespace torch_prepared {
 struct Evaluated {
   double value;
   double error;
+};
+
+struct Jet {
+  double value, slope, second;
 };
 
 struct Core {
@@ -40,6 +45,18 @@ PREPARED_HD double logistic_slope(double x) {
   return e / ((1.0 + e) * (1.0 + e));
 }
 
+// What jet() is where nothing can be shared.
+template <class Activation>
+PREPARED_HD Jet evaluate_apart(const Activation& f, double x) {
+  return {f.value(x).value, f.derivative(x).value, f.second(x)};
+}
+
+// The jet of the logistic function: one exponential, no overflow.
+PREPARED_HD Jet logistic_jet(double x) {
+  const double e = exp(-fabs(x)), part = 1.0 / (1.0 + e), slope = e * part * part;
+  return {x >= 0.0 ? part : e * part, slope, slope * (x >= 0.0 ? e - 1.0 : 1.0 - e) * part};
+}
+
 struct Sigmoid {
   static constexpr bool kKinked = false;
   PREPARED_HD explicit Sigmoid(double) {}
@@ -48,6 +65,7 @@ struct Sigmoid {
   PREPARED_HD double second(double x) const {
     return logistic_slope(x) * (1.0 - 2.0 / (1.0 + exp(-x)));
   }
+  PREPARED_HD Jet jet(double x) const { return logistic_jet(x); }
   PREPARED_HD double valley() const { return kInf; }
   PREPARED_HD double slope_min() const { return 0.0; }
   PREPARED_HD double slope_max() const { return 0.25; }
@@ -62,6 +80,11 @@ struct Tanh {
     return within_ulps(4.0 * logistic_slope(2.0 * x), 16.0);
   }
   PREPARED_HD double second(double x) const { return -8.0 * tanh(x) * logistic_slope(2.0 * x); }
+  PREPARED_HD Jet jet(double x) const {
+    const double m = expm1(-2.0 * fabs(x)), part = 1.0 / (2.0 + m);
+    const double value = copysign(-m * part, x), slope = 4.0 * (1.0 + m) * part * part;
+    return {value, slope, -2.0 * value * slope};
+  }
   PREPARED_HD double valley() const { return kInf; }
   PREPARED_HD double slope_min() const { return 0.0; }
   PREPARED_HD double slope_max() const { return 1.0; }
@@ -78,6 +101,7 @@ struct Softplus {
     return within_ulps(1.0 / (1.0 + exp(-x)), 8.0);
   }
   PREPARED_HD double second(double x) const { return logistic_slope(x); }
+  PREPARED_HD Jet jet(double x) const { return evaluate_apart(*this, x); }
   PREPARED_HD double valley() const { return kInf; }
   PREPARED_HD double slope_min() const { return 0.0; }
   PREPARED_HD double slope_max() const { return 1.0; }
@@ -100,6 +124,7 @@ struct Elu {
     return x > 0.0 ? Evaluated{1.0, 0.0} : within_ulps(alpha * exp(x), 8.0);
   }
   PREPARED_HD double second(double x) const { return x > 0.0 ? 0.0 : alpha * exp(x); }
+  PREPARED_HD Jet jet(double x) const { return evaluate_apart(*this, x); }
   PREPARED_HD double valley() const { return kInf; }
   PREPARED_HD double slope_min() const { return 0.0; }
   PREPARED_HD double slope_max() const { return fmax(1.0, alpha); }
@@ -135,6 +160,10 @@ struct Silu {
     const double s = 1.0 / (1.0 + exp(-x));
     return logistic_slope(x) * (2.0 + x * (1.0 - 2.0 * s));
   }
+  PREPARED_HD Jet jet(double x) const {
+    const Jet s = logistic_jet(x);
+    return {x * s.value, s.value + x * s.slope, 2.0 * s.slope + x * s.second};
+  }
   PREPARED_HD double valley() const { return -0.27847; }
   PREPARED_HD double slope_min() const { return -0.125; }
   PREPARED_HD double slope_max() const { return 1.125; }
@@ -161,6 +190,10 @@ struct Gelu {
   }
   PREPARED_HD double second(double x) const {
     return fabs(x) > 40.0 ? 0.0 : density(x) * (2.0 - x * x);
+  }
+  PREPARED_HD Jet jet(double x) const {
+    const double phi = cumulative(x), bell = fabs(x) > 40.0 ? 0.0 : density(x);
+    return {x * phi, phi + x * bell, bell * (2.0 - x * x)};
   }
   PREPARED_HD double valley() const { return -0.17; }
   PREPARED_HD double slope_min() const { return -0.1875; }
@@ -198,6 +231,13 @@ struct GeluTanh {
     const double s = logistic(x), rise = inner_slope(x);
     const double turn = 6.0 * kScale * kCube * x;
     return logistic_slope(inner(x)) * (2.0 * rise + x * ((1.0 - 2.0 * s) * rise * rise + turn));
+  }
+  PREPARED_HD Jet jet(double x) const {
+    if (far(x)) return {fmax(x, 0.0), x > 0.0 ? 1.0 : 0.0, 0.0};
+    const Jet s = logistic_jet(inner(x));
+    const double rise = inner_slope(x), turn = 6.0 * kScale * kCube * x;
+    const double bend = s.second * rise * rise + s.slope * turn;
+    return {x * s.value, s.value + x * s.slope * rise, 2.0 * s.slope * rise + x * bend};
   }
   PREPARED_HD double valley() const { return -0.1701; }
   PREPARED_HD double slope_min() const { return -0.1875; }

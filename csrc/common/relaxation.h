@@ -43,6 +43,12 @@ struct Choice {
   Touch touch;
 };
 
+// An interval and a function's values at its ends.
+struct Piece {
+  double l, u;
+  Evaluated at_l, at_u;
+};
+
 // sigma (sign = 1) or -sigma (sign = -1).
 template <class Activation>
 struct Side {
@@ -59,13 +65,21 @@ struct Side {
     return {sign * e.value, e.error};
   }
   PREPARED_HD double slope(double x) const { return derivative(x).value; }
-  PREPARED_HD double second(double x) const { return sign * activation.second(x); }
+  PREPARED_HD Jet jet(double x) const {
+    const Jet j = activation.jet(x);
+    return {sign * j.value, sign * j.slope, sign * j.second};
+  }
+  // The same interval with the values of sigma replaced by h's.
+  PREPARED_HD Piece turn(const Piece& p) const {
+    return {p.l, p.u, {sign * p.at_l.value, p.at_l.error}, {sign * p.at_u.value, p.at_u.error}};
+  }
   PREPARED_HD double clamp_slope(double s) const {
     return sign * fmin(fmax(sign * s, activation.slope_min()), activation.slope_max());
   }
   // How far the tangent at d passes above the curve's point (e, at_e).
   PREPARED_HD double gap(double d, double e, double at_e) const {
-    return value(d).value + slope(d) * (e - d) - at_e;
+    const Jet j = jet(d);
+    return j.value + j.slope * (e - d) - at_e;
   }
 };
 
@@ -82,9 +96,10 @@ PREPARED_HD double tangent_through(const H& h, double e, double at_e, double goo
   }
   double x = 0.5 * (good + bad);
   for (int i = 0; i < 48; ++i) {
-    const double gap = h.gap(x, e, at_e);
+    const Jet j = h.jet(x);
+    const double gap = j.value + j.slope * (e - x) - at_e;
     (gap >= 0.0 ? good : bad) = x;
-    const double newton = x - gap / (h.second(x) * (e - x));
+    const double newton = x - gap / (j.second * (e - x));
     const bool inside = (newton - good) * (newton - bad) < 0.0;
     // A Newton step squares the distance; at the root it may be a rounding out of the bracket.
     const bool close = fabs(newton - x) <= 1e-9 * fabs(x);
@@ -95,22 +110,23 @@ PREPARED_HD double tangent_through(const H& h, double e, double at_e, double goo
 }
 
 template <class H>
-PREPARED_HD Choice chord(const H& h, double l, double u, double point) {
-  return {h.clamp_slope((h.value(u).value - h.value(l).value) / (u - l)), point, Touch::kChord};
+PREPARED_HD Choice chord(const H& h, const Piece& p, double point) {
+  const double rise = p.at_u.value - p.at_l.value;
+  return {h.clamp_slope(rise / (p.u - p.l)), point, Touch::kChord};
 }
 
 // A tight line above h: the tangent at `point` moved into the range of points whose tangent
 // passes above both ends, or the chord when that range is empty.
 template <class H>
-PREPARED_HD Choice choose_line(const H& h, Core core, double l, double u, double point) {
+PREPARED_HD Choice choose_line(const H& h, Core core, const Piece& p, double point) {
+  const double l = p.l, u = p.u, at_l = p.at_l.value, at_u = p.at_u.value;
   if (l == u) return {h.slope(l), l, Touch::kPoint};
   const double begin = fmax(l, core.begin), end = fmin(u, core.end);
-  if (!(begin < end)) return chord(h, l, u, l);
+  if (!(begin < end)) return chord(h, p, l);
   double first = begin, last = end;
   Touch at_first = Touch::kAtLower, at_last = Touch::kAtUpper;
   if (core.begin > l) {
-    const double at_l = h.value(l).value;
-    if (h.gap(end, l, at_l) < 0.0) return chord(h, l, u, end);
+    if (h.gap(end, l, at_l) < 0.0) return chord(h, p, end);
     at_first = Touch::kConstant;
     if (h.gap(begin, l, at_l) < 0.0) {
       first = tangent_through(h, l, at_l, end, begin);
@@ -118,8 +134,7 @@ PREPARED_HD Choice choose_line(const H& h, Core core, double l, double u, double
     }
   }
   if (core.end < u) {
-    const double at_u = h.value(u).value;
-    if (h.gap(begin, u, at_u) < 0.0) return chord(h, l, u, begin);
+    if (h.gap(begin, u, at_u) < 0.0) return chord(h, p, begin);
     at_last = Touch::kConstant;
     if (h.gap(end, u, at_u) < 0.0) {
       last = tangent_through(h, u, at_u, begin, end);
@@ -134,31 +149,29 @@ PREPARED_HD Choice choose_line(const H& h, Core core, double l, double u, double
   if (h.kKinked && (through_l || choice.touch == Touch::kThroughUpper)) {
     // At a kink many slopes touch; the tightest one passes through the end of the interval.
     const double e = through_l ? l : u;
-    const double rise = h.value(choice.point).value - h.value(e).value;
+    const double rise = h.value(choice.point).value - (through_l ? at_l : at_u);
     choice.slope = h.clamp_slope(rise / (choice.point - e));
   }
   return choice;
 }
 
-// Least offset of slope s at x, with the error of evaluating it added.
-template <class H>
-PREPARED_HD double offset_at(const H& h, double s, double x) {
-  const Evaluated v = h.value(x);
+// Least offset of slope s at x, where h is v, with the error of evaluating it added.
+PREPARED_HD double offset_at(const Evaluated& v, double s, double x) {
   const double product = s * x;
   return v.value - product + (v.error + 4.0 * kEps * (fabs(v.value) + fabs(product)) + kTiny);
 }
 
 // An offset valid for slope s on the whole interval; d lies in the core when the core is met.
 template <class H>
-PREPARED_HD double valid_offset(const H& h, Core core, double l, double u, double s, double d) {
-  const double offset = fmax(offset_at(h, s, l), offset_at(h, s, u));
-  const double begin = fmax(l, core.begin), end = fmin(u, core.end);
+PREPARED_HD double valid_offset(const H& h, Core core, const Piece& p, double s, double d) {
+  const double offset = fmax(offset_at(p.at_l, s, p.l), offset_at(p.at_u, s, p.u));
+  const double begin = fmax(p.l, core.begin), end = fmin(p.u, core.end);
   if (!(begin < end)) return offset;
   const Evaluated slope = h.derivative(d);
   const double excess = slope.value - s;
   const double reach = excess * (excess > 0.0 ? end - d : begin - d);
   const double doubt = (slope.error + 4.0 * kEps * fabs(excess)) * fmax(end - d, d - begin);
-  return fmax(offset, offset_at(h, s, d) + (reach + doubt) * (1.0 + 8.0 * kEps));
+  return fmax(offset, offset_at(h.value(d), s, d) + (reach + doubt) * (1.0 + 8.0 * kEps));
 }
 
 template <class Activation>
@@ -171,19 +184,26 @@ struct SmoothRule {
 
   PREPARED_HD static double middle(const Neuron& n) { return 0.5 * n.lower + 0.5 * n.upper; }
 
-  PREPARED_HD Choice choose(const Neuron& n, bool upper) const {
+  PREPARED_HD Piece piece(const Neuron& n) const {
+    return {n.lower, n.upper, activation.value(n.lower), activation.value(n.upper)};
+  }
+
+  PREPARED_HD Choice choose(const Neuron& n, const Piece& ends, bool upper) const {
     const Side<Activation> side = {activation, upper ? 1.0 : -1.0};
     const double point = n.has_alpha ? n.alpha : middle(n);
-    return choose_line(side, activation.core(upper, n.lower, n.upper), n.lower, n.upper, point);
+    const Core core = activation.core(upper, n.lower, n.upper);
+    return choose_line(side, core, side.turn(ends), point);
   }
 
   template <class T>
-  PREPARED_HD void above(const Neuron& n, bool upper, T* slope, T* offset) const {
+  PREPARED_HD void above(const Neuron& n, const Piece& ends, bool upper, T* slope,
+                         T* offset) const {
     const Side<Activation> side = {activation, upper ? 1.0 : -1.0};
-    const Choice choice = choose(n, upper);
+    const Choice choice = choose(n, ends, upper);
+    const Core core = activation.core(upper, n.lower, n.upper);
     *slope = static_cast<T>(choice.slope);
-    *offset = narrow_up<T>(valid_offset(side, activation.core(upper, n.lower, n.upper), n.lower,
-                                        n.upper, static_cast<double>(*slope), choice.point));
+    *offset = narrow_up<T>(
+        valid_offset(side, core, side.turn(ends), static_cast<double>(*slope), choice.point));
   }
 
   // Horizontal lines for bounds that are infinite or so large that products could overflow.
@@ -200,8 +220,9 @@ struct SmoothRule {
     if (!bounded(n)) {
       return {T(0), -narrow_up<T>(extreme(n, -1.0)), T(0), narrow_up<T>(extreme(n, 1.0))};
     }
-    above(n, true, &pair.upper_slope, &pair.upper_offset);
-    above(n, false, &pair.lower_slope, &pair.lower_offset);
+    const Piece ends = piece(n);
+    above(n, ends, true, &pair.upper_slope, &pair.upper_offset);
+    above(n, ends, false, &pair.lower_slope, &pair.lower_offset);
     pair.lower_slope = -pair.lower_slope;
     pair.lower_offset = -pair.lower_offset;
     return pair;
@@ -210,7 +231,7 @@ struct SmoothRule {
   // Adds the derivative of (slope, offset) of one line, contracted with the incoming gradient.
   PREPARED_HD void line_gradient(const Neuron& n, bool upper, double g_slope, double g_offset,
                                  BoundsGradient* total) const {
-    const Choice c = choose(n, upper);
+    const Choice c = choose(n, piece(n), upper);
     const double l = n.lower, u = n.upper, d = c.point;
     const double s = upper ? c.slope : -c.slope;
     const double at_l = activation.derivative(l).value, at_u = activation.derivative(u).value;
@@ -269,9 +290,9 @@ struct LeakyRule {
     const T stable = active ? T(1) : static_cast<T>(p);
     const T upper = static_cast<T>(upper_slope(l, u));
     const double s = static_cast<double>(upper);
-    const double at_l = l == -kInf ? 0.0 : add_up(mul_up(p, l), mul_up(-s, l));
+    const double at_l = l == -kInf ? 0.0 : add_up(product_up<T>(p, l), product_up<T>(-s, l));
     const double unbounded = s < 1.0 ? kInf : 0.0;
-    const double at_u = u == kInf ? unbounded : add_up(u, mul_up(-s, u));
+    const double at_u = u == kInf ? unbounded : add_up(u, product_up<T>(-s, u));
     const double usual = u > -l ? 1.0 : p;
     const T lower = static_cast<T>(n.has_alpha ? lesser(greater(n.alpha, p), 1.0) : usual);
     const bool fixed = active | inactive;

@@ -79,6 +79,12 @@ PREPARED_HD double mul_up(double a, double b) {
 #endif
 }
 
+// a * b rounded up, of numbers that T can hold: the product of two binary32 numbers is exact.
+template <class T>
+PREPARED_HD double product_up(double a, double b) {
+  return sizeof(T) == sizeof(float) ? a * b : mul_up(a, b);
+}
+
 PREPARED_HD double sub_up(double a, double b) { return add_up(a, -b); }
 PREPARED_HD double add_down(double a, double b) { return -add_up(-a, -b); }
 PREPARED_HD double mul_down(double a, double b) { return -mul_up(-a, b); }

@@ -14,9 +14,6 @@
 
 namespace torch_prepared {
 
-constexpr double kLevels = 254;   // slopes are returned as multiples of its inverse
-constexpr int64_t kPatience = 2;  // steps after which a box must be more than half of the way
-
 template <class T, int kBytes>
 class SlopeLeaf : public Leaf<T, kBytes> {
   using Base = Leaf<T, kBytes>;
@@ -44,8 +41,9 @@ class SlopeLeaf : public Leaf<T, kBytes> {
     std::copy_n(given, hidden, work_.data());
     if (search_.search.iterations > 0) optimize(i);
     T* const into = search_.slopes + i * hidden;
+    const T levels = static_cast<T>(search_.search.levels);
     for (int64_t h = 0; h < hidden; ++h) {
-      into[h] = work_[h] < 0 ? work_[h] : std::round(work_[h] * T(kLevels)) / T(kLevels);
+      into[h] = work_[h] < 0 ? work_[h] : std::round(work_[h] * levels) / levels;
     }
     std::copy_n(into, hidden, work_.data());
     this->recording_ = false;
@@ -70,8 +68,8 @@ class SlopeLeaf : public Leaf<T, kBytes> {
       }
       const T enough = search_.enough[i];
       if (best > enough || step > search.iterations) break;
-      if (step > kPatience && !(best - start > enough - best)) break;
-      differentiate(i);
+      if (step > search.patience && !(best - start > enough - best)) break;
+      differentiate();
       fade_first *= 0.9;
       fade_second *= 0.999;
       climb(rate, 1 - fade_first, 1 - fade_second);
@@ -120,7 +118,7 @@ class SlopeLeaf : public Leaf<T, kBytes> {
   }
 
   // Derivatives of the wanted row's bound in all slopes, into gradient_.
-  PREPARED_HD void differentiate(int64_t) {
+  PREPARED_HD void differentiate() {
     for (std::vector<T>* each : {&gradient_, &to_lower_, &to_upper_}) {
       std::fill(each->begin(), each->end(), T(0));
     }

@@ -6,14 +6,8 @@
 #include <stdexcept>
 
 #include "backend.h"
-#include "row_lanes_grad.h"
-
-// A function compiled for one instruction set; all it calls is inlined. Products and sums fuse:
-// results are rounded to nearest, and no directed rounding is used here.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define PREPARED_X86 1
-#define PREPARED_TARGET(name) __attribute__((target(name), optimize("fp-contract=fast")))
-#endif
+#include "row_adjoint.h"
+#include "vector_jobs.h"
 
 namespace torch_prepared {
 namespace {
@@ -30,6 +24,9 @@ struct Job {
   RowGradientArgs<T>* gradient = nullptr;
   RowSharesArgs<T>* shares = nullptr;
   const std::vector<int64_t>* region_starts = nullptr;  // in groups
+
+  template <int kBytes>
+  PREPARED_HD void run() const;
 };
 
 // Calls f with the pass that suits a group: two vectors to an entry where there are rows to fill
@@ -91,27 +88,15 @@ PREPARED_HD void run_gradients(const Job<T>& job) {
   }
 }
 
-template <class T, int kBytes>
-PREPARED_HD void run_groups(const Job<T>& job) {
-  if (job.task == Task::kGradient) {
-    run_gradients<T, kBytes>(job);
+template <class T>
+template <int kBytes>
+PREPARED_HD void Job<T>::run() const {
+  if (task == Task::kGradient) {
+    run_gradients<T, kBytes>(*this);
   } else {
-    run_bounds<T, kBytes>(job);
+    run_bounds<T, kBytes>(*this);
   }
 }
-
-#ifdef PREPARED_X86
-PREPARED_TARGET("avx512f,avx512dq,avx512vl") void run_512(const Job<float>& job) {
-  run_groups<float, 64>(job);
-}
-PREPARED_TARGET("avx512f,avx512dq,avx512vl") void run_512(const Job<double>& job) {
-  run_groups<double, 64>(job);
-}
-PREPARED_TARGET("avx2,fma") void run_256(const Job<float>& job) { run_groups<float, 32>(job); }
-PREPARED_TARGET("avx2,fma") void run_256(const Job<double>& job) { run_groups<double, 32>(job); }
-#endif
-void run_128(const Job<float>& job) { run_groups<float, 16>(job); }
-void run_128(const Job<double>& job) { run_groups<double, 16>(job); }
 
 // Neighbors in the index share a group. One that is nearly full ends with its row of pixels: the
 // next row's would widen its window.
@@ -146,8 +131,8 @@ std::vector<RowGroup> group_rows_of_regions(const RowProgramArgs<T>& args, int64
   return groups;
 }
 
-template <class T, int kBytes, class Run>
-void run_all(Job<T> job, const Run& run) {
+template <int kBytes, class T>
+void run_all(const Job<T>& job) {
   constexpr int64_t kRows = LanePass<T, kBytes, 2>::kRows;
   const RowProgramArgs<T>& args = job.args;
   const std::vector<RowGroup> groups = args.rows == nullptr
@@ -167,7 +152,8 @@ void run_all(Job<T> job, const Run& run) {
   }
   const int64_t items = gradient ? args.regions * job.gradient->pieces : count;
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    run(Job<T>{job.task, args, groups, begin, end, job.gradient, job.shares, &region_starts});
+    run_job<kBytes>(
+        Job<T>{job.task, args, groups, begin, end, job.gradient, job.shares, &region_starts});
   });
   if (job.shares != nullptr && job.shares->shares == nullptr) {
     for (int64_t i = 0; i < count; ++i) job.shares->offsets[i + 1] += job.shares->offsets[i];
@@ -176,15 +162,7 @@ void run_all(Job<T> job, const Run& run) {
 
 template <class T>
 void dispatch(const Job<T>& job) {
-#ifdef PREPARED_X86
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return run_all<T, 64>(job, [](const Job<T>& part) { run_512(part); });
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return run_all<T, 32>(job, [](const Job<T>& part) { run_256(part); });
-  }
-#endif
-  run_all<T, 16>(job, [](const Job<T>& part) { run_128(part); });
+  with_vectors([&](auto width) { run_all<decltype(width)::value>(job); });
 }
 
 const std::vector<RowGroup> kNoGroups;

@@ -20,7 +20,7 @@ __device__ __forceinline__ void apply(const SplitWeightArgs<T>& args, int64_t i)
 
 template <class T>
 __device__ __forceinline__ void apply(const JoinIntervalArgs<T>& args, int64_t i) {
-  join_interval(args, i);
+  join_interval(args, i, i % args.columns);
 }
 
 template <class Args>

@@ -11,6 +11,8 @@ namespace torch_prepared {
 struct SlopeSearch {
   int64_t iterations;
   double rate, decay;  // of the first step; factor after each step
+  int64_t levels;      // slopes are returned as multiples of its inverse
+  int64_t patience;    // steps after which a box must be more than half of the way
 };
 
 // `bounds` asks for the values and input rows of all output rows; its hidden intervals and known
@@ -22,7 +24,7 @@ struct ChainSlopesArgs {
   const int64_t* row;  // (boxes,) the output row whose bound is to rise
   const T* enough;     // (boxes,) at which bound of that row a box needs no more steps
   const T* given;      // (boxes, hidden) slopes to start from; negative: the usual ones
-  T* slopes;           // (boxes, hidden) the best met, multiples of 1 / 254
+  T* slopes;           // (boxes, hidden) the best met, multiples of 1 / levels
 };
 
 void launch_chain_slopes(const ChainSlopesArgs<float>&, CpuContext);

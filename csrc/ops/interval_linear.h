@@ -60,7 +60,7 @@ PREPARED_HD void split_interval(const SplitIntervalArgs<T>& args, int64_t i) {
   const double lower = static_cast<double>(args.lower[i]);
   const double upper = static_cast<double>(args.upper[i]);
   const double center = 0.5 * lower + 0.5 * upper;
-  const double radius = fmax(sub_up(upper, center), sub_up(center, lower));
+  const double radius = greater(sub_up(upper, center), sub_up(center, lower));
   const double doubt = mul_up(summation_error(args.terms), fabs(center));
   const double poison = lower <= upper ? 0.0 : kInf - kInf;
   args.center[i] = center + poison;
@@ -74,12 +74,13 @@ PREPARED_HD void split_weight(const SplitWeightArgs<T>& args, int64_t i) {
   args.absolute_weight[i] = fabs(weight);
 }
 
+// Element i, which lies in this column.
 template <class T>
-PREPARED_HD void join_interval(const JoinIntervalArgs<T>& args, int64_t i) {
+PREPARED_HD void join_interval(const JoinIntervalArgs<T>& args, int64_t i, int64_t column) {
   const double terms = static_cast<double>(args.terms);
   const double growth = 1.0 + 2.0 * summation_error(args.terms);
   const double spread = add_up(mul_up(args.spread[i], growth), 4.0 * (terms + 1.0) * kTiny);
-  const double bias = args.bias ? static_cast<double>(args.bias[i % args.columns]) : 0.0;
+  const double bias = args.bias ? static_cast<double>(args.bias[column]) : 0.0;
   const double middle = args.middle[i];
   args.lower[i] = narrow_down<T>(add_down(add_down(middle, -spread), bias));
   args.upper[i] = narrow_up<T>(add_up(add_up(middle, spread), bias));

@@ -11,24 +11,43 @@
 
 namespace torch_prepared {
 
-// Checks that the maps fit each other, makes them dense; returns the sizes of all values.
-inline std::vector<int64_t> check_chain(const Tensor& lower, std::vector<Tensor>& weights,
-                                        std::vector<Tensor>& biases) {
-  const char* op = "chain_bounds";
+struct ChainShape {
+  int64_t boxes, inputs, outputs, hidden;  // hidden: scalars of all values between the maps
+};
+
+// Checks that boxes and maps fit each other and makes the maps dense.
+inline ChainShape check_chain(const char* op, const Tensor& lower, const Tensor& upper,
+                              std::vector<Tensor>& weights, std::vector<Tensor>& biases) {
+  check_floating(op, "lower", lower);
+  check_like(op, "lower", lower, lower, {-1, -1});
+  check_like(op, "upper", upper, lower, {lower.size(0), lower.size(1)});
   if (weights.empty() || weights.size() != biases.size()) {
     fail(op, "weights", "one or more, and as many biases",
          std::to_string(weights.size()) + " and " + std::to_string(biases.size()));
   }
-  std::vector<int64_t> sizes = {lower.size(1)};
+  ChainShape shape = {lower.size(0), lower.size(1), lower.size(1), 0};
   for (size_t k = 0; k < weights.size(); ++k) {
     const std::string index = "[" + std::to_string(k) + "]";
-    check_like(op, ("weights" + index).c_str(), weights[k], lower, {-1, sizes.back()});
-    sizes.push_back(weights[k].size(0));
-    check_like(op, ("biases" + index).c_str(), biases[k], lower, {sizes.back()});
+    check_like(op, ("weights" + index).c_str(), weights[k], lower, {-1, shape.outputs});
+    if (k > 0) shape.hidden += shape.outputs;
+    shape.outputs = weights[k].size(0);
+    check_like(op, ("biases" + index).c_str(), biases[k], lower, {shape.outputs});
     weights[k] = dense(weights[k]);
     biases[k] = dense(biases[k]);
   }
-  return sizes;
+  return shape;
+}
+
+template <class T>
+std::vector<ChainMap<T>> chain_maps(const std::vector<Tensor>& weights,
+                                    const std::vector<Tensor>& biases) {
+  std::vector<ChainMap<T>> maps;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    maps.push_back({weights[k].size(1), weights[k].size(0),
+                    weights[k].template const_data_ptr<T>(),
+                    biases[k].template const_data_ptr<T>()});
+  }
+  return maps;
 }
 
 inline void check_known(const Tensor& lower, std::optional<Tensor>& known_lower,
@@ -49,18 +68,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chain_bounds(
     Tensor lower, Tensor upper, std::vector<Tensor> weights, std::vector<Tensor> biases,
     Tensor rows, std::optional<Tensor> known_lower, std::optional<Tensor> known_upper) {
   const char* op = "chain_bounds";
-  check_floating(op, "lower", lower);
-  check_like(op, "lower", lower, lower, {-1, -1});
-  const int64_t b = lower.size(0), n = lower.size(1);
-  check_like(op, "upper", upper, lower, {b, n});
-  const std::vector<int64_t> sizes = check_chain(lower, weights, biases);
-  int64_t hidden = 0;
-  for (size_t k = 1; k + 1 < sizes.size(); ++k) hidden += sizes[k];
+  const ChainShape shape = check_chain(op, lower, upper, weights, biases);
+  const int64_t b = shape.boxes, n = shape.inputs, m = shape.outputs, hidden = shape.hidden;
   const bool shared = rows.dim() == 2;
   if (shared) {
-    check_like(op, "rows", rows, lower, {-1, sizes.back()});
+    check_like(op, "rows", rows, lower, {-1, m});
   } else {
-    check_like(op, "rows", rows, lower, {b, -1, sizes.back()});
+    check_like(op, "rows", rows, lower, {b, -1, m});
   }
   check_known(lower, known_lower, known_upper, hidden);
   const Backend backend(lower);
@@ -74,15 +88,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chain_bounds(
   with_scalar(lower, [&](auto zero) {
     using T = decltype(zero);
     ChainBoundsArgs<T> args;
-    for (size_t k = 0; k < weights.size(); ++k) {
-      args.maps.push_back({sizes[k], sizes[k + 1], weights[k].template const_data_ptr<T>(),
-                           biases[k].template const_data_ptr<T>()});
-    }
+    args.maps = chain_maps<T>(weights, biases);
     const bool known = known_lower.has_value();
     args.boxes = b;
     args.hidden = hidden;
     args.count = s;
-    args.row_stride = shared ? 0 : s * sizes.back();
+    args.row_stride = shared ? 0 : s * m;
     args.lower = lower.template const_data_ptr<T>();
     args.upper = upper.template const_data_ptr<T>();
     args.rows = rows.template const_data_ptr<T>();

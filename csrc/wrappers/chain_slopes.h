@@ -14,22 +14,18 @@ std::tuple<Tensor, Tensor, Tensor> chain_slopes(Tensor lower, Tensor upper,
                                                 std::vector<Tensor> weights,
                                                 std::vector<Tensor> biases, Tensor rows, Tensor row,
                                                 Tensor enough, Tensor slopes, int64_t iterations,
-                                                double rate, double decay) {
+                                                double rate, double decay, int64_t levels,
+                                                int64_t patience) {
   const char* op = "chain_slopes";
-  check_floating(op, "lower", lower);
-  check_like(op, "lower", lower, lower, {-1, -1});
-  const int64_t b = lower.size(0), n = lower.size(1);
-  check_like(op, "upper", upper, lower, {b, n});
-  const std::vector<int64_t> sizes = check_chain(lower, weights, biases);
-  int64_t hidden = 0;
-  for (size_t k = 1; k + 1 < sizes.size(); ++k) hidden += sizes[k];
-  check_like(op, "rows", rows, lower, {-1, sizes.back()});
+  const ChainShape shape = check_chain(op, lower, upper, weights, biases);
+  const int64_t b = shape.boxes, n = shape.inputs, hidden = shape.hidden;
+  check_like(op, "rows", rows, lower, {-1, shape.outputs});
   check_like(op, "enough", enough, lower, {b});
   check_like(op, "slopes", slopes, lower, {b, hidden});
-  if (row.scalar_type() != ScalarType::Long || row.dim() != 1 ||
-      row.size(0) != b) {
+  if (row.scalar_type() != ScalarType::Long || row.dim() != 1 || row.size(0) != b) {
     fail(op, "row", "int64, one per box", "another dtype or shape");
   }
+  if (levels < 1) fail(op, "levels", "a positive number", std::to_string(levels));
   const Backend backend(lower);
   for (Tensor* each : {&lower, &upper, &rows, &row, &enough, &slopes}) *each = dense(*each);
   const int64_t s = rows.size(0);
@@ -43,11 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> chain_slopes(Tensor lower, Tensor upper,
   with_scalar(lower, [&](auto zero) {
     using T = decltype(zero);
     ChainSlopesArgs<T> args;
-    for (size_t k = 0; k < weights.size(); ++k) {
-      args.bounds.maps.push_back({sizes[k], sizes[k + 1],
-                                  weights[k].template const_data_ptr<T>(),
-                                  biases[k].template const_data_ptr<T>()});
-    }
+    args.bounds.maps = chain_maps<T>(weights, biases);
     args.bounds.boxes = b;
     args.bounds.hidden = hidden;
     args.bounds.count = s;
@@ -60,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> chain_slopes(Tensor lower, Tensor upper,
     args.bounds.input_rows = input_rows.template mutable_data_ptr<T>();
     args.bounds.hidden_lower = ends.template mutable_data_ptr<T>();
     args.bounds.hidden_upper = args.bounds.hidden_lower + b * hidden;
-    args.search = {iterations, rate, decay};
+    args.search = {iterations, rate, decay, levels, patience};
     args.row = chosen;
     args.enough = enough.template const_data_ptr<T>();
     args.given = slopes.template const_data_ptr<T>();

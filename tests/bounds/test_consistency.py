@@ -17,6 +17,7 @@ from torch_prepared.bounds import (
     certified_margin,
     compute_bounds,
 )
+from torch_prepared.bounds.cost import CACHED, regions_at_once
 from torch_prepared.core.interval import Interval
 from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
@@ -55,6 +56,37 @@ def test_chunks_give_equal_bounds(name: str, op: str, seed: int) -> None:
     parts = compute_bounds(graph, regions, max_memory=memory)
     torch.testing.assert_close(parts.lower, whole.lower, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(parts.upper, whole.upper, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+def test_parts_of_a_batch_have_their_own_rows(method: str) -> None:
+    graph, regions = (
+        NETWORKS["conv"]("relu", 3),
+        random_boxes(NETWORKS["conv"]("relu", 3).input_size, 5, 3, 0.5),
+    )
+    rows = torch.randn(5, 2, graph.output_size, generator=torch.Generator().manual_seed(1)).double()
+    whole = compute_bounds(graph, regions, rows, method=method)
+    each = torch.stack(
+        [
+            compute_bounds(graph, region, own, method=method).lower[0]
+            for region, own in zip(regions, rows, strict=True)
+        ]
+    )
+    parts = compute_bounds(graph, regions, rows, method=method, max_memory=1)
+    torch.testing.assert_close(whole.lower, each, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts.lower, each, rtol=1e-9, atol=1e-9)
+    with pytest.raises(SpecError, match="got 4 sets; expected 1 or 5"):
+        compute_bounds(graph, regions, rows[:4], method=method)
+
+
+def test_regions_at_once_follow_the_budget() -> None:
+    graph = mlp((4, 30, 3))
+    one = regions_at_once(graph, 6, 1, 8)
+    assert one == 1
+    few, many = (regions_at_once(graph, 6, memory, 8) for memory in (1 << 20, 1 << 21))
+    assert many in (2 * few, 2 * few + 1)
+    assert few * 8 * (4 + 30 + 30 + 3) < 1 << 20
+    assert regions_at_once(graph, 6, 1 << 40, 8) == regions_at_once(graph, 6, CACHED, 8)
 
 
 @given(name=NAMES, op=st.sampled_from(ACTIVATIONS), seed=SEEDS)

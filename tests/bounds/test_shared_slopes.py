@@ -10,10 +10,10 @@ import torch
 
 from tests.bounds.test_branch import setting
 from tests.helpers import mlp
+from tests.rounding import rounding_slack
 from torch_prepared import ops
 from torch_prepared.bounds import PropertyBatch
-from torch_prepared.bounds._leaf import LEVELS, SlopedEngine
-from torch_prepared.bounds.branch import SplitTree
+from torch_prepared.bounds.branch import SlopedEngine, SplitTree
 from torch_prepared.bounds.engine import general_engine, leaf_engine
 from torch_prepared.bounds.shared_slopes import SharedSlopes
 from torch_prepared.certify import Slopes, Verdict
@@ -56,7 +56,7 @@ def test_without_slopes_the_bounds_are_those_of_crown(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["relu", "leaky_relu"])
-def test_any_slopes_bound_and_a_search_does_not_lose(kind: str) -> None:
+def test_any_slopes_bound_and_a_search_gains(kind: str) -> None:
     graph, batch = mlp((3, 12, 12, 12, 2), kind, 6, torch.float64), batch_of(3, 2)
     slopes, box = SharedSlopes.of(graph, batch), boxes(60, 3, 0.5)
     assert slopes is not None
@@ -67,12 +67,39 @@ def test_any_slopes_bound_and_a_search_does_not_lose(kind: str) -> None:
     anything = torch.rand(60, slopes.size, generator=torch.Generator().manual_seed(2))
     row = torch.arange(60) % 3
     found, bounds = slopes.search(box, usual, row, torch.full((60,), torch.inf))
+    layers = [node for node in graph.nodes if node.op == "linear"]
+    weights, biases = (
+        [node.params[name].read(graph.parameters) for node in layers] for name in ("weight", "bias")
+    )
+    slack = rounding_slack(weights, biases, batch.rows[0], box)[:, None]
+    assert float(slack.max()) < 1e-9
     for given in (usual, anything, found):
-        assert bool((slopes.bound(box, given).values[:, None] <= y + 1e-9).all())
+        assert bool((slopes.bound(box, given).values[:, None] - slack <= y).all())
     before, after = (slopes.bound(box, s).values.gather(1, row[:, None]) for s in (usual, found))
-    assert float((after - before).min()) > -1e-2 * float(before.abs().mean())  # by rounding slopes
     assert float((after - before).mean()) > 0
     torch.testing.assert_close(bounds.values, slopes.bound(box, found).values)
+
+
+@pytest.mark.parametrize("spare", [0.0, 1.0])
+def test_no_node_of_a_tree_gets_worse_by_a_search(spare: float) -> None:
+    """Exactly: margins, and what the stored slopes give when the nodes are bounded once more."""
+    graph, prop = setting()
+    batch = PropertyBatch.of([prop])
+    engine = leaf_engine(graph, batch)
+    assert isinstance(engine, SlopedEngine)
+    tree = SplitTree(batch, slack=1e-6)
+    for _ in range(5):
+        tree.bound(engine, tree.leaves, 64)
+        tree.split(tree.leaves)
+    nodes = tree.leaves
+    tree.bound(engine, nodes, 64)
+    before = tree.margins(nodes).copy()
+    tree.search(engine, nodes, spare)
+    after = tree.margins(nodes).copy()
+    assert bool((after >= before).all())
+    assert bool((after > before).any())
+    tree.bound(engine, nodes, 7)
+    assert np.array_equal(tree.margins(nodes), after)
 
 
 def test_a_search_stops_where_a_bound_is_enough() -> None:
@@ -81,7 +108,7 @@ def test_a_search_stops_where_a_bound_is_enough() -> None:
     assert slopes is not None
     usual, row = torch.full((10, slopes.size), -1.0), torch.zeros(10, dtype=torch.int64)
     found, _ = slopes.search(box, usual, row, torch.full((10,), -torch.inf))
-    written = (slopes.chosen(box, usual) * LEVELS).round() / LEVELS
+    written = (slopes.chosen(box, usual) * ops.SLOPE_LEVELS).round() / ops.SLOPE_LEVELS
     torch.testing.assert_close(found.clamp_min(0), written)
 
 

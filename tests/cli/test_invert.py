@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from torch_prepared.certify import Certificate
+from torch_prepared.certify import RadiusCertificate
 
 from .conftest import Run, one_line_error, only_json
 
@@ -66,7 +66,11 @@ def test_a_preimage_is_found_and_the_radius_certified(run: Run, write_fold, tmp_
     assert x != y
     np.testing.assert_allclose(np.abs(x[0]), np.abs(y[0]))
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert len(Certificate.load(proof).properties) > 0
+    assert RadiusCertificate.load(proof).claim.radius == data["proved"]
+    replay = run("check", proof, model, "--json")
+    assert replay.exit_code == 0, replay.output
+    assert only_json(replay)["kind"] == "preimage"
+    assert only_json(replay)["radius"] == data["proved"]
     text = run("invert", model, "--at", "0.25,0.5")
     assert text.exit_code == 10
     assert "no collision  within 0.49" in text.stdout
@@ -90,12 +94,40 @@ def test_matching_two_files(run: Run, write_fold) -> None:
     assert lost.exit_code == 10, lost.output
     assert only_json(lost)["lower"] == pytest.approx(0.25, abs=2e-3)
     kept = run("invert", plane, "--match", fold, "--at", "0.25,0", "--json")
-    assert kept.exit_code == 20, kept.output
+    assert kept.exit_code == 0, kept.output
     assert only_json(kept)["status"] == "excluded"
-    assert only_json(kept)["evidence"] == "claimed"
+    assert only_json(kept)["evidence"] == "certified"
     near = run("invert", plane, "--match", fold, "--at", "0.25,3", "--radius", "0.2", "--json")
     assert near.exit_code == 0, near.output
-    assert only_json(near)["evidence"] == "interval"
+    assert only_json(near)["evidence"] == "certified"
+
+
+def test_check_replays_radii_of_pairs_and_of_two_networks(
+    run: Run, write_fold, tmp_path: Path
+) -> None:
+    fold, bent = write_fold(), write_fold("leaky.onnx", slope=0.5)
+    pairs, match = tmp_path / "pairs.json.gz", tmp_path / "match.json.gz"
+    options = ("--at", "0.25,0.5", "--time-limit", "8", "--json")
+    one = run("invert", fold, *options, "--problem", "injectivity", "--certificate", pairs)
+    two = run("invert", fold, "--match", bent, *options, "--certificate", match)
+    for made, files, kind in (
+        (one, (pairs, fold), "injectivity"),
+        (two, (match, fold, bent), "matching"),
+    ):
+        assert only_json(made)["proved"] == pytest.approx(0.25, abs=3e-3), made.output
+        replay = run("check", *files, "--json")
+        assert replay.exit_code == 0, replay.output
+        assert only_json(replay)["kind"] == kind
+        assert only_json(replay)["radius"] == only_json(made)["proved"]
+    text = run("check", pairs, fold)
+    assert "different inputs within max norm distance" in text.stdout
+    assert run("check", pairs, bent).exit_code == 2
+    assert run("check", match, fold).exit_code == 2
+    assert run("check", pairs, fold, "--arithmetic", "float32").exit_code == 2
+    pairs.write_bytes(pairs.read_bytes()[:-40])
+    broken = run("check", pairs, fold)
+    assert broken.exit_code == 2
+    assert len(broken.stderr.strip().splitlines()) == 1
 
 
 def test_points_from_files_and_other_norms(run: Run, write_fold, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 
 import torch_prepared as tp
+from torch_prepared.bounds.parametric import editable_layers
 from torch_prepared.edit import EDITORS, Candidate, Editor, EditProblem
+from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.edit.one_shot import OneShotEditor
 from torch_prepared.errors import InfeasibleEditError, ModelFormatError, SpecError
 from torch_prepared.specs import Box, LpBall, Property, SafeSet, VPolytope
 
@@ -211,3 +215,53 @@ def test_norms_that_an_editor_cannot_minimize_are_refused(method: str) -> None:
         tp.edit_network(
             model, violated(model, CENTER), method=method, norm="1", example_input=CENTER[None]
         )
+
+
+def test_auto_falls_back_when_an_editor_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+
+    def exhausted(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried too much")
+
+    monkeypatch.setattr("torch_prepared.edit.refine._Refinement.start", exhausted)
+    monkeypatch.setattr("torch_prepared.edit.sequential._Search.start", exhausted)
+    result = tp.edit_network(model, violated(model, CENTER), time_limit=30)
+    assert result.status is tp.Verdict.CERTIFIED
+    assert result.report.method == "one_shot"
+
+
+def test_auto_tries_all_layers_when_nothing_else_is_certified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Editors are told whether their edits held; the first one-shot edit fails here."""
+    model = network()
+    tried: list[str] = []
+    genuine = OneShotEditor._edit
+
+    def spoiled(self, problem, layer, *rest):  # type: ignore[no-untyped-def]
+        candidate = genuine(self, problem, layer, *rest)
+        tried.append(layer)
+        if len(tried) == 1:
+            return dataclasses.replace(candidate, parameters={})
+        return candidate
+
+    def infeasible(*_: object) -> None:
+        raise InfeasibleEditError("none")
+
+    monkeypatch.setattr(OneShotEditor, "_edit", spoiled)
+    monkeypatch.setattr("torch_prepared.edit.refine._Refinement.start", infeasible)
+    monkeypatch.setattr("torch_prepared.edit.sequential._Search.start", infeasible)
+    result = tp.edit_network(model, violated(model, CENTER), time_limit=30)
+    assert result.status is tp.Verdict.CERTIFIED
+    assert len(tried) > 1
+
+
+def test_a_large_network_moves_its_last_layers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tp.capture_module(network(), torch.zeros(1, 3))
+    every = ParameterVector.of(graph)
+    assert ParameterVector.chosen(graph, None) == every
+    monkeypatch.setattr("torch_prepared.edit._vector.MOST_SCALARS", every.count - 1)
+    few = ParameterVector.chosen(graph, None)
+    assert 0 < few.count < every.count
+    assert few.names == every.names[-len(few.names) :]
+    assert ParameterVector.chosen(graph, tuple(editable_layers(graph))) == every

@@ -100,6 +100,28 @@ def test_jacobians_are_derivatives(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv", "residual"])
+def test_large_networks_have_the_gradients_of_their_lowest_margins(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, _ = margin_function(name, 3)
+    theta = start(usual)
+    value, slopes = usual.choose(theta)
+    rows = torch.arange(len(value))
+    every = usual.linearize(theta, slopes, value, rows)
+    monkeypatch.setattr(_linearize, "AT_ONCE", 0)
+    large, _ = margin_function(name, 3)
+    torch.testing.assert_close(large.value(theta, 0.5 * slopes), value, rtol=0, atol=1e-12)
+    line = large.linearize(theta, slopes, value, rows)
+    assert line.rows.tolist() == [
+        int(rows[large.owners == i][value[large.owners == i].argmin()]) for i in range(3)
+    ]
+    torch.testing.assert_close(line.jacobian, every.jacobian[line.rows], rtol=1e-3, atol=1e-3)
+    few = large.linearize(theta, slopes, value, rows[-1:])
+    assert few.rows.tolist() == [len(value) - 1]
+    torch.testing.assert_close(few.jacobian, every.jacobian[-1:], rtol=1e-3, atol=1e-3)
+
+
 def test_proofs_carry_the_slopes_and_the_checker_accepts_them() -> None:
     model = network()
     graph = tp.capture_module(model, CENTER[None]).to(torch.float64)

@@ -41,12 +41,11 @@ def _point(name, center, radius):
     return x, near
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, 2, 4])  # the center of 3 lies on a flat piece
 def test_no_preimage_within_a_claimed_radius(seed):
     graph, center = random_net((2, 5, 2), seed), np.array([0.2, 0.1])
     found = nearest_preimage(graph, center, r_max=1.5, method="milp", effort=QUICK)
-    if found.lower == 0.0:
-        pytest.skip("the center lies on a flat piece")
+    assert found.lower > 0.0
     solver = z3.Solver()
     x, near = _point("x", center, _number(found.lower))
     solver.add(*near, z3.Or(*(v != _number(c) for v, c in zip(x, center, strict=True))))
@@ -57,12 +56,11 @@ def test_no_preimage_within_a_claimed_radius(seed):
         assert Fraction(found.upper) >= max(abs(found.witness.x - found.witness.y))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [1, 2, 3])  # the center of 0 lies on a flat piece
 def test_no_separated_pair_within_a_claimed_radius(seed):
     graph, center = random_net((2, 4, 2), seed), np.array([0.2, 0.1])
     found = injectivity_radius(graph, center, r_max=1.0, separation=0.01, effort=QUICK)
-    if found.lower == 0.0:
-        pytest.skip("the center lies on a flat piece")
+    assert found.lower > 0.0
     solver = z3.Solver()
     x, near_x = _point("x", center, _number(found.lower))
     y, near_y = _point("y", center, _number(found.lower))

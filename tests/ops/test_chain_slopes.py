@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.rounding import rounding_slack
 from torch_prepared import ops
+from torch_prepared.core.interval import Interval
 from torch_prepared.errors import UnsupportedOperationError
 from torch_prepared.ops._reference_chain import chain_slopes_reference
 
@@ -40,7 +42,18 @@ def test_the_kernel_agrees_with_the_oracle(sizes: tuple[int, ...], iterations: i
     enough = torch.full((12,), torch.inf, dtype=torch.float64)
     got = ops.chain_slopes(*box, weights, biases, rows, row, enough, given, iterations)
     expected = chain_slopes_reference(
-        *box, weights, biases, rows, row, enough, given, iterations, 0.5, 0.8
+        *box,
+        weights,
+        biases,
+        rows,
+        row,
+        enough,
+        given,
+        iterations,
+        0.5,
+        0.8,
+        ops.SLOPE_LEVELS,
+        ops.SLOPE_PATIENCE,
     )
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -68,11 +81,35 @@ def test_more_steps_raise_the_wanted_row(dtype: torch.dtype) -> None:
         means.append(float(values.gather(1, row[:, None]).mean()))
     assert means == sorted(means)
     assert means[2] > means[0]
-    x = torch.stack([b + (t - b) * torch.rand_like(b) for b, t in [box] * 50])
+
+
+def test_values_are_bounds_at_any_slopes() -> None:
+    """Against samples; binary64, where what rounding may change is of no account."""
+    box, weights, biases, rows, row, hidden = case(SIZES[1], torch.float64, boxes=60)
+    given = torch.rand(60, hidden, generator=torch.Generator().manual_seed(0)).double()
+    enough = torch.full((60,), torch.inf, dtype=torch.float64)
+    slack = rounding_slack(weights, biases, rows, Interval(*box))
+    assert float(slack.max()) < 1e-9
+    share = torch.rand(50, *box[0].shape, generator=torch.Generator().manual_seed(1)).double()
+    x = box[0] + (box[1] - box[0]) * share
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         x = torch.relu(x @ weight.T + bias)
     y = (x @ weights[-1].T + biases[-1]) @ rows.T
-    assert bool((values <= y + 1e-4).all())
+    for iterations in (0, 5):
+        values = ops.chain_slopes(*box, weights, biases, rows, row, enough, given, iterations)[1]
+        assert bool((values - slack <= y).all())
+
+
+def test_single_precision_moves_bounds_by_rounding_only() -> None:
+    box, weights, biases, rows, row, hidden = case(SIZES[1], torch.float32, boxes=60)
+    given = torch.rand(60, hidden, generator=torch.Generator().manual_seed(0))
+    got = ops.chain_slopes(*box, weights, biases, rows, row, row.float(), given, 0)[1]
+    wide = [[part.double() for part in parts] for parts in (box, weights, biases, [rows])]
+    expected = ops.chain_slopes(
+        *wide[0], *wide[1:3], *wide[3], row, row.double(), given.double(), 0
+    )[1]
+    slack = rounding_slack(weights, biases, rows, Interval(*box))
+    assert bool(((got.double() - expected).abs() <= slack).all())
 
 
 def test_boxes_do_not_depend_on_each_other_and_nan_proves_nothing() -> None:
@@ -106,6 +143,9 @@ def test_misfits_are_named() -> None:
         ops.chain_slopes(*box, weights, biases, rows, row.int(), enough, given)
     with pytest.raises(RuntimeError, match="argument 'enough'"):
         ops.chain_slopes(*box, weights, biases, rows, row, enough[1:], given)
+    chain = torch.ops.torch_prepared.chain_slopes
+    with pytest.raises(RuntimeError, match="argument 'levels'"):
+        chain(*box, weights, biases, rows, row, enough, given, 1, 0.5, 0.8, 0, 2)
     slopes = given.clone().requires_grad_()
     with pytest.raises(UnsupportedOperationError, match="gradient"):
         ops.chain_slopes(*box, weights, biases, rows, row, enough, slopes)[1].sum().backward()
@@ -116,5 +156,5 @@ def test_the_operator_passes_opcheck() -> None:
     given, enough = torch.full((12, hidden), -1.0).double(), torch.zeros(12).double()
     torch.library.opcheck(
         torch.ops.torch_prepared.chain_slopes,
-        (*box, weights, biases, rows, row, enough, given, 2, 0.5, 0.8),
+        (*box, weights, biases, rows, row, enough, given, 2, 0.5, 0.8, 254, 2),
     )

@@ -130,3 +130,35 @@ def test_zero_rows_and_nothing_to_do() -> None:
 def test_malformed_input_is_refused(gram: np.ndarray, q: np.ndarray, match: str) -> None:
     with pytest.raises(SolverError, match=match):
         project(gram, q)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_rows_of_which_few_matter(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in bundles of near copies, most of them violated: as many rows solved for at once."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(40, 300, generator=generator, dtype=torch.float64)
+    rows = centers.repeat(10, 1) + 1e-3 * torch.randn(400, 300, generator=generator).double()
+    q = torch.rand(400, generator=generator, dtype=torch.float64) - 0.2
+    gram = gram_matrix(rows)
+    few = project(gram, q)
+    assert few.status is Status.OPTIMAL
+    assert few.kkt_residual <= 1e-10
+    assert bool((rows @ (rows.T @ torch.from_numpy(few.multipliers)) >= q - 1e-8).all())
+    monkeypatch.setattr("torch_prepared.solvers.projection._FEW", 10**9)
+    every = project(gram, q)
+    assert few.distance == pytest.approx(every.distance, rel=1e-9)
+    steps = [rows.T @ torch.from_numpy(found.multipliers) for found in (few, every)]
+    torch.testing.assert_close(*steps, rtol=1e-7, atol=1e-8)
+
+
+def test_two_opposite_rows_among_many_are_infeasible() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 50, generator=generator, dtype=torch.float64)
+    rows[150] = -rows[20]
+    q = torch.full((200,), -50.0, dtype=torch.float64)
+    q[20] = q[150] = 1.0
+    found = project(gram_matrix(rows), q)
+    assert found.status is Status.INFEASIBLE
+    assert found.ray is not None
+    assert float(q @ torch.from_numpy(found.ray)) > 0
+    assert float((rows.T @ torch.from_numpy(found.ray)).norm()) < 1e-9

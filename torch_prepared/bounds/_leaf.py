@@ -12,9 +12,7 @@ from torch_prepared.core.interval import Interval
 if TYPE_CHECKING:
     from torch_prepared.bounds.shared_slopes import SharedSlopes
 
-__all__ = ["LEVELS", "LeafBounds", "LeafEngine", "SlopedEngine"]
-
-LEVELS = 254  #: slopes of boxes are stored as multiples of its inverse
+__all__ = ["LeafBounds", "LeafEngine", "SlopedEngine"]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from torch_prepared.bounds.crown import (
     bound_nodes,
     bound_rows,
     needed_scalars,
-    pass_gradient,
     tightened_names,
     unstable_order,
 )
@@ -58,7 +57,7 @@ class AlphaOptions:
     """
 
     iterations: int = 20
-    learning_rate: float = 0.1
+    learning_rate: float = 0.25
     decay: float = 0.98
 
 
@@ -67,6 +66,14 @@ class BoundState(NamedTuple):
 
     lower: Tensor
     boxes: Boxes
+
+
+class _Part(NamedTuple):
+    """Regions that are optimized together, their rows (b, s, m), and what CROWN says of them."""
+
+    regions: RegionBatch
+    rows: Tensor
+    start: BoundState
 
 
 def bound_rows_alpha(
@@ -112,13 +119,13 @@ def bound_rows_alpha(
     parts = []
     for first in range(0, len(regions), chunk):
         span = slice(first, first + chunk)
-        part = BoundState(lower[span], {name: box[span] for name, box in boxes.items()})
+        begin = BoundState(lower[span], {name: box[span] for name, box in boxes.items()})
+        part = _Part(regions[span], spread[span], begin)
         if lowered is not None:
-            problem = _Native(graph, regions[span], fixed, spread[span], part, max_memory)
-            parts.append(optimize(problem, part, options))
+            parts.append(optimize(_Native(graph, fixed, part), begin, options))
             continue
-        plain = _Plain(graph, regions[span], fixed, spread[span], part, max_memory)
-        found = optimize(plain, part, options)
+        plain = _Plain(graph, fixed, part, max_memory)
+        found = optimize(plain, begin, options)
         if wants:
             own = rows.expand(len(regions), *rows.shape[1:])[span]
             found = plain.evaluate({**table}, own, known, span)
@@ -237,20 +244,12 @@ def _better(old: Interval, new: Interval) -> Interval:
 class _Native(Problem):
     """Slopes in the native operators' own layout; piecewise linear networks over boxes."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        regions: RegionBatch,
-        table: Parameters,
-        rows: Tensor,
-        start: BoundState,
-        max_memory: int,
-    ) -> None:
+    def __init__(self, graph: Graph, table: Parameters, part: _Part) -> None:
+        regions, rows, start = part
         lowered = Lowered.of(graph, table)
         if lowered is None:
             raise ValueError(f"{graph.nodes[-1].name}: no native program for this network")
         self._lowered, self._graph, self._start = lowered, graph, start
-        self._lines: dict[str, Tensor] = {}
         self._own: dict[str, tuple[Bounder, ops.RowShares]] = {}
         self.leaves = []
         for name in tightened_names(graph, regions.is_box):
@@ -291,37 +290,20 @@ class _Native(Problem):
                     image = operator.interval(node, [boxes[node.inputs[0]]], {})
                     boxes[node.name] = image.intersect(self._start.boxes[node.name])
             elif node.name in self._own:
-                boxes[node.name] = self._tighten(node, boxes, lines)
+                bounder, shares = self._own[node.name]
+                wanted = [lines[part.name] for part in bounder.activations]
+                old = self._start.boxes[node.name]
+                boxes[node.name] = bounder.tighten(old, wanted, boxes, shares)
         bounder, shares = self._own[""]
         needed = [lines[node.name] for node in bounder.activations]
         return BoundState(bounder.lower(needed, boxes, shares)[0], boxes)
-
-    def _tighten(self, node: Node, boxes: Boxes, lines: Mapping[str, Tensor]) -> Interval:
-        bounder, shares = self._own[node.name]
-        wanted = [lines[part.name] for part in bounder.activations]
-        low, negated = bounder.lower(wanted, boxes, shares)[0]
-        old, where = self._start.boxes[node.name], bounder.where
-        lower, upper = old.lower.reshape(-1), old.upper.reshape(-1)
-        new = Interval(low, -negated)
-        tight = pass_gradient(Interval(lower[where], upper[where]).intersect(new), new)
-        return Interval(
-            lower.index_put((where,), tight.lower).reshape_as(old.lower),
-            upper.index_put((where,), tight.upper).reshape_as(old.upper),
-        )
 
 
 class _Plain(Problem):
     """Slopes as plain tensors: any operator, region, device; differentiable in parameters."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        regions: RegionBatch,
-        table: Parameters,
-        rows: Tensor,
-        start: BoundState,
-        max_memory: int,
-    ) -> None:
+    def __init__(self, graph: Graph, table: Parameters, part: _Part, max_memory: int) -> None:
+        regions, rows, start = part
         self._graph, self._regions, self._table = graph, regions, table
         self._rows, self._start, self._max_memory = rows, start, max_memory
         targets = {}

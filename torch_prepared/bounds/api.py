@@ -13,7 +13,8 @@ from torch_prepared.bounds._program import programs_apply
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds.alpha_crown import AlphaOptions, bound_rows_alpha
-from torch_prepared.bounds.cost import affordable_method
+from torch_prepared.bounds.chain import Chain
+from torch_prepared.bounds.cost import affordable_method, regions_at_once
 from torch_prepared.bounds.crown import DEFAULT_MEMORY, bound_nodes, bound_rows
 from torch_prepared.bounds.forward import propagate_forms
 from torch_prepared.bounds.sound import sound_bounds
@@ -70,6 +71,11 @@ class MarginBounds:
     boxes: Mapping[str, Interval]
     batch: PropertyBatch
 
+    def __getitem__(self, index: slice) -> MarginBounds:
+        """The same of some properties."""
+        boxes = {name: box[index] for name, box in self.boxes.items()}
+        return MarginBounds(self.margin[index], self.rows[index], boxes, self.batch[index])
+
 
 def compute_bounds(
     graph: Graph,
@@ -91,7 +97,8 @@ def compute_bounds(
             None.
         method: a :class:`Method` or its name.
         parameters: tensors that replace the graph's own; the result is differentiable in them.
-        max_memory: bytes that one backward pass, or the slopes of "alpha-crown", may take.
+        max_memory: bytes that one backward pass, or the slopes of "alpha-crown", may take; with
+            other methods regions go in parts, so that their intervals fit too.
         alpha: how "alpha-crown" optimizes; other methods ignore it.
         sound: let the bounds hold in spite of rounding, in float64 whatever the network's dtype
             (see ``sound``); for "ibp", "crown-ibp" and "crown".
@@ -100,7 +107,7 @@ def compute_bounds(
         Interval (b, s) with ``lower <= rows . f(x) <= upper`` for all x of the region.
 
     Raises:
-        SpecError: sizes that do not fit the network, or rows that are not finite.
+        SpecError: sizes or numbers that do not fit, or rows that are not finite.
 
     Soundness: in exact arithmetic, and with ``sound`` also as computed; the certificate checker
     accounts for rounding in code of its own. Where weights
@@ -112,10 +119,26 @@ def compute_bounds(
         rows = torch.eye(graph.output_size)
     rows = rows.to(graph.device, dtype)
     rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
+    if rows.shape[0] not in (1, len(batch)):
+        raise SpecError(f"rows: got {rows.shape[0]} sets; expected 1 or {len(batch)}, by region")
     both = torch.cat([rows, -rows], dim=1)
-    found, _ = _row_bounds(
-        graph, batch, both, Method.named(method), parameters, max_memory, None, alpha, sound
-    )
+    chosen = Method.named(method)
+    if not sound:  # which names the methods it knows
+        chosen = _resolve(chosen, graph, len(batch), both, parameters, max_memory)
+    size, chain = len(batch), None
+    if chosen is not Method.ALPHA_CROWN:  # which goes in parts of its own
+        size = regions_at_once(graph, both.shape[1], max_memory, dtype.itemsize)
+    if chosen is Method.CROWN and parameters is None and not sound:
+        chain = _native_chain(graph, batch, both)
+
+    def bound(part: RegionBatch, own: Tensor) -> Tensor:
+        if chain is not None:
+            return chain.bounds(part.box, own[0] if len(own) == 1 else own).values
+        return _row_bounds(graph, part, own, chosen, parameters, max_memory, None, alpha, sound)[0]
+
+    spans = [slice(first, first + size) for first in range(0, len(batch), size)]
+    parts = [bound(batch[span], both if len(both) == 1 else both[span]) for span in spans]
+    found = torch.cat(parts)
     lower, negated = found.chunk(2, dim=1)
     return Interval(lower, -negated)
 
@@ -220,13 +243,7 @@ def _row_bounds(
             options=alpha,
             max_memory=max_memory,
         )
-    if method is Method.AUTO:
-        tensors = [rows, *({**graph.parameters, **(parameters or {})}).values()]
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        chosen = affordable_method(
-            graph, len(regions), max_memory, native=programs_apply(tensors), saved=differentiable
-        )
-        method = Method(chosen)
+    method = _resolve(method, graph, len(regions), rows, parameters, max_memory)
     if method is Method.FORWARD:
         return _forward(graph, regions, rows, parameters, max_memory, known)
     boxes = bound_nodes(
@@ -240,6 +257,41 @@ def _row_bounds(
     shallow = method is Method.IBP
     bound = bound_rows(graph, regions, boxes, rows, parameters=parameters, shallow=shallow)
     return bound.lower, boxes
+
+
+def _native_chain(graph: Graph, regions: RegionBatch, rows: Tensor) -> Chain | None:
+    """The network as dense layers and ReLUs, whose CROWN is one native call, or None.
+
+    Without programs, and for what :func:`_check` refuses, the general way is taken.
+    """
+    ends = regions.lower, regions.upper
+    if not regions.is_box or not programs_apply([rows, *ends, *graph.parameters.values()]):
+        return None
+    if rows.shape[2] != graph.output_size or ends[0].shape[1] != graph.input_size:
+        return None
+    if not all(bool(torch.isfinite(part).all()) for part in (rows, *ends)):
+        return None
+    return Chain.of(graph)
+
+
+def _resolve(
+    method: Method,
+    graph: Graph,
+    regions: int,
+    rows: Tensor,
+    parameters: Mapping[str, Tensor] | None,
+    max_memory: int,
+) -> Method:
+    """The method itself, or the one that AUTO stands for with so many regions."""
+    if method is not Method.AUTO:
+        return method
+    tensors = [rows, *({**graph.parameters, **(parameters or {})}).values()]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return Method(
+        affordable_method(
+            graph, regions, max_memory, native=programs_apply(tensors), saved=differentiable
+        )
+    )
 
 
 def _forward(

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_prepared.bounds._leaf import LEVELS, LeafBounds, LeafEngine, SlopedEngine
+from torch_prepared import ops
+from torch_prepared.bounds._leaf import LeafBounds, LeafEngine, SlopedEngine
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval
@@ -31,7 +32,7 @@ _ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis", "_r
 DETACHED = -2  #: split axis of nodes that are no longer part of the tree
 FIRST_REACH = 0.1  #: share of the nodes of the first round that are searched
 KNOWLEDGE = ("_margin", "_rows", "_row", "_axis")
-NO_SLOPE = 255  #: stands for the slope that the engine chooses
+NO_SLOPE = ops.SLOPE_LEVELS + 1  #: stands for the slope that the engine chooses
 FEWEST = 1000  #: nodes of a round from which slopes are searched
 FRUITFUL, VAIN = 0.4, 0.25  #: shares of successful searches that widen or narrow their reach
 Integers = NDArray[np.int64]
@@ -116,7 +117,8 @@ class SplitTree:
             if not own.all():
                 self._note(part[~own], engine(self.boxes(part[~own])))
             part = part[own]
-            self._note(part, engine.slopes.bound(self.boxes(part), self.shares(part)))
+            given = self.shares(part, engine.slopes.size)
+            self._note(part, engine.slopes.bound(self.boxes(part), given))
 
     def _note(self, part: Integers, found: LeafBounds) -> None:
         """Remember what is known of nodes."""
@@ -151,8 +153,10 @@ class SplitTree:
         self._slot[nodes[better]] = self._store(found[torch.from_numpy(better)])
 
     def _store(self, slopes: Tensor) -> Integers:
-        """Slots for slopes (b, h), multiples of 1 / LEVELS or negative."""
-        levels = torch.where(slopes < 0, torch.full_like(slopes, NO_SLOPE), slopes * LEVELS)
+        """Slots for slopes (b, h), multiples of 1 / SLOPE_LEVELS or negative."""
+        levels = torch.where(
+            slopes < 0, torch.full_like(slopes, NO_SLOPE), slopes * ops.SLOPE_LEVELS
+        )
         fresh = levels.round().to(torch.uint8).cpu().numpy()
         if not len(fresh):
             return np.zeros(0, dtype=np.int64)
@@ -165,13 +169,13 @@ class SplitTree:
         self._slopes[first : self._slots] = fresh
         return np.arange(first, self._slots)
 
-    def shares(self, nodes: Integers, size: int = 0) -> Tensor:
+    def shares(self, nodes: Integers, size: int) -> Tensor:
         """Relaxation slopes (b, size) of nodes; negative where the engine chooses them."""
         slots = self._slot[nodes]
         if not self._slots:
             return torch.full((len(nodes), size), -1.0)
         levels = torch.from_numpy(self._slopes[slots])
-        shares = (levels.float() / LEVELS).masked_fill(levels == NO_SLOPE, -1.0)
+        shares = (levels.float() / ops.SLOPE_LEVELS).masked_fill(levels == NO_SLOPE, -1.0)
         shares[torch.from_numpy(slots < 0)] = -1.0
         return shares
 

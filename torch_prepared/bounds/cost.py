@@ -8,12 +8,24 @@ from torch_prepared.bounds._affine_prefix import affine_values
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.relax import lookup
 
-__all__ = ["affordable_method", "crown_bytes", "crown_flops", "forward_flops", "node_flops"]
+__all__ = [
+    "affordable_method",
+    "crown_bytes",
+    "crown_flops",
+    "forward_flops",
+    "node_flops",
+    "regions_at_once",
+]
 
 BUDGET = 2e11
 """Operations of backward passes that are worth spending without asking."""
 NATIVE_SAVING = 50.0
 """How much fewer operations native programs take: they skip stable scalars and unread pixels."""
+
+CACHED = 1 << 26
+"""Bytes of a part of a batch on the CPU: larger ones leave its caches and take longer."""
+COPIES = 12
+"""Numbers held for each scalar of a region: intervals, lines, both reordered, temporaries."""
 
 
 def node_flops(graph: Graph, node: Node) -> float:
@@ -76,3 +88,18 @@ def affordable_method(
     if work <= BUDGET and not (saved and crown_bytes(graph, item) * regions > max_memory):
         return "crown"
     return "forward" if forward_flops(graph) * regions <= BUDGET else "crown-ibp"
+
+
+def regions_at_once(graph: Graph, rows: int, max_memory: int, item: int) -> int:
+    """How many regions to bound together, by the memory that their intervals and rows take.
+
+    Args:
+        graph: the network.
+        rows: of the output that are bounded.
+        max_memory: bytes that may be taken.
+        item: bytes of a number.
+    """
+    scalars = sum(node.size for node in graph.nodes)
+    each = item * (COPIES * scalars + 2 * rows * (graph.input_size + graph.output_size))
+    budget = min(max_memory, CACHED) if graph.device.type == "cpu" else max_memory
+    return max(1, budget // each)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torch_prepared.bounds._affine_prefix import affine_values, bound_affine_value
 from torch_prepared.bounds._descend import RowBound, Setting, descend
-from torch_prepared.bounds._program import Lowered, programs_apply
+from torch_prepared.bounds._program import Lowered, pass_gradient, programs_apply
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds._slopes import TargetSlopes
 from torch_prepared.core.graph import Graph, Node
@@ -37,7 +37,7 @@ __all__ = [
     "bound_nodes",
     "bound_rows",
     "needed_scalars",
-    "pass_gradient",
+    "tighten_scalars",
     "tightened_names",
     "unstable_order",
 ]
@@ -160,16 +160,15 @@ def bound_nodes(
         if node.name in composed and graph.input_size < box.lower[0].numel():
             box = box.intersect(bound_affine_value(graph, regions, node, table))
         elif node.name in chosen and lowered is not None:
-            box = _tighten_natively(
-                lowered, node, box, needed_scalars(box, readers[node.name]), boxes
-            )
+            bounder = lowered.scalars(node, needed_scalars(box, readers[node.name]))
+            box = bounder.tighten(box, lowered.lines(bounder, boxes), boxes)
         elif slopes is not None and node.name in slopes:
             own = slopes[node.name]
-            box = _tighten(setting, node, box, own, max_memory)
+            box = tighten_scalars(setting, node, box, own, max_memory)
         elif slopes is None and node.name in chosen:
             columns = _all(box) if every else unstable_order(box, readers[node.name])
             own = TargetSlopes(*columns, {})
-            box = _tighten(setting, node, box, own, max_memory)
+            box = tighten_scalars(setting, node, box, own, max_memory)
         boxes[node.name] = box
     return boxes
 
@@ -234,19 +233,6 @@ def needed_scalars(box: Interval, readers: tuple[Node, ...]) -> Tensor:
     return needed.flatten(1)
 
 
-def _tighten_natively(
-    lowered: Lowered, node: Node, box: Interval, needed: Tensor, boxes: Boxes
-) -> Interval:
-    """Intersect the scalars of ``box`` that are needed (b, n) with backward bounds."""
-    where, low, high = lowered.bound_scalars(node, needed, boxes)
-    lower, upper = box.lower.reshape(-1), box.upper.reshape(-1)
-    tight = Interval(lower[where], upper[where]).intersect(Interval(low, high))
-    return Interval(
-        lower.index_put((where,), tight.lower).reshape_as(box.lower),
-        upper.index_put((where,), tight.upper).reshape_as(box.upper),
-    )
-
-
 def unstable_order(box: Interval, readers: tuple[Node, ...]) -> tuple[Tensor, Tensor]:
     """Positions (b, k) of the scalars that some reader is nonlinear on, and which of them count.
 
@@ -259,7 +245,7 @@ def unstable_order(box: Interval, readers: tuple[Node, ...]) -> tuple[Tensor, Te
     return order, needed.gather(1, order)
 
 
-def _tighten(
+def tighten_scalars(
     setting: Setting, node: Node, box: Interval, slopes: TargetSlopes, max_memory: int
 ) -> Interval:
     """Intersect the scalars ``order`` (b, k) of ``box`` that count with backward bounds."""
@@ -280,14 +266,6 @@ def _tighten(
     return Interval(
         lower.scatter(1, order, torch.where(counts, tight.lower, old.lower)).reshape_as(box.lower),
         upper.scatter(1, order, torch.where(counts, tight.upper, old.upper)).reshape_as(box.upper),
-    )
-
-
-def pass_gradient(value: Interval, source: Interval) -> Interval:
-    """The ends of ``value`` with the gradients of ``source``, of one shape."""
-    return Interval(
-        value.lower.detach() + (source.lower - source.lower.detach()),
-        value.upper.detach() + (source.upper - source.upper.detach()),
     )
 
 

@@ -1,9 +1,9 @@
 """CROWN whose lower slopes are optimized box by box and shared by all rows of a box.
 
 A neuron has one lower slope in every backward pass over a box, so that the slopes of a box are one
-vector: small enough to store by the thousands in a tree of splits, to hand down to halves of the
-box, and to write into a certificate. Most of what optimized slopes gain over CROWN remains, where
-slopes of each row's own (``bounds.alpha_crown``) would have to be found anew for every box.
+vector: small enough to store by the thousands in a tree of splits and to write into a certificate.
+Most of what optimized slopes gain over CROWN remains, where slopes of each row's own
+(``bounds.alpha_crown``) would have to be found anew for every box.
 
 Source: the optimized relaxations of Xu et al., "Fast and Complete" (ICLR 2021), with shared slopes
 as that paper's implementation offers; slopes as part of a split tree are ours.
@@ -13,44 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch_prepared import ops
-from torch_prepared.bounds._leaf import LEVELS, LeafBounds
-from torch_prepared.bounds._program import Lowered, programs_apply
+from torch_prepared.bounds._leaf import LeafBounds
+from torch_prepared.bounds._program import Bounder, Lowered, programs_apply
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._slopes import ancestors
+from torch_prepared.bounds.alpha_crown import AlphaOptions
 from torch_prepared.bounds.chain import Chain
-from torch_prepared.bounds.crown import needed_scalars, pass_gradient, tightened_names
+from torch_prepared.bounds.crown import needed_scalars, tightened_names
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rounding import outward
 from torch_prepared.relax import lookup
 from torch_prepared.relax.relu import TwoPiece
 
-__all__ = ["SharedSlopes", "SlopeSearch"]
-
-PATIENCE = 2  #: steps after which a box must have come more than half of its way
+__all__ = ["SharedSlopes"]
 
 Boxes = dict[str, Interval]
-
-
-@dataclass(frozen=True)
-class SlopeSearch:
-    """How slopes are optimized.
-
-    Args:
-        iterations: steps of Adam.
-        learning_rate: of the first step; slopes live in [0, 1].
-        decay: factor on the learning rate after each step.
-    """
-
-    iterations: int = 8
-    learning_rate: float = 0.3
-    decay: float = 0.9
+DEFAULT = AlphaOptions(iterations=8, learning_rate=0.3, decay=0.9)
 
 
 class SharedSlopes:
@@ -65,9 +49,9 @@ class SharedSlopes:
     """
 
     def __init__(
-        self, graph: Graph, batch: PropertyBatch, options: SlopeSearch | None = None
+        self, graph: Graph, batch: PropertyBatch, options: AlphaOptions | None = None
     ) -> None:
-        self._options = options or SlopeSearch()
+        self._options = options or DEFAULT
         self._chain = Chain.of(graph) if graph.device.type == "cpu" else None
         self._graph, self._table = graph, graph.parameters
         self._rows = batch.rows[0].to(graph.dtype)
@@ -85,20 +69,17 @@ class SharedSlopes:
             self._readers[source] = (*self._readers.get(source, ()), node)
 
     @classmethod
-    def of(
-        cls, graph: Graph, batch: PropertyBatch, parameters: Mapping[str, Tensor] | None = None
-    ) -> SharedSlopes | None:
+    def of(cls, graph: Graph, batch: PropertyBatch) -> SharedSlopes | None:
         """The engine of a network, or None where it does not apply."""
-        changed = graph if parameters is None else graph.with_parameters(parameters)
-        operators = [lookup(node.op) for node in changed.nodes[1:]]
+        operators = [lookup(node.op) for node in graph.nodes[1:]]
         with torch.no_grad():
             if not all(op.traits.affine or isinstance(op, TwoPiece) for op in operators):
                 return None
-            if not programs_apply(list(changed.parameters.values())):
+            if not programs_apply(list(graph.parameters.values())):
                 return None
-            if Lowered.of(changed, changed.parameters) is None:
+            if Lowered.of(graph, graph.parameters) is None:
                 return None
-        engine = cls(changed, batch)
+        engine = cls(graph, batch)
         return engine if engine.activations else None
 
     @property
@@ -160,8 +141,8 @@ class SharedSlopes:
             enough: (b,) a bound of that row at which a box needs no more steps.
 
         Returns:
-            The best slopes met (b, size), multiples of ``1 / LEVELS`` or, where a neuron is
-            stable, possibly negative; and what :meth:`bound` says of them.
+            The best slopes met (b, size), multiples of ``1 / ops.SLOPE_LEVELS`` or, where a neuron
+            is stable, possibly negative; and what :meth:`bound` says of them.
         """
         if self._chain is not None:
             return self._run_chain(box, slopes, row, enough, self._options)
@@ -191,7 +172,7 @@ class SharedSlopes:
             (gradient,) = torch.autograd.grad(lower.sum(), leaf)
             going = torch.isfinite(now) & ~(now > enough[active])
             start = now if step == 1 else start
-            if step > PATIENCE:
+            if step > ops.SLOPE_PATIENCE:
                 gained, lack = best[active] - start, enough[active] - best[active]
                 going &= gained > lack
             if not bool(going.any()):
@@ -204,10 +185,10 @@ class SharedSlopes:
             value = value + options.learning_rate * rate * first / (1 - 0.9**step) / scale
             value = value.clamp(0.0, 1.0)
             rate *= options.decay
-        return (found * LEVELS).round() / LEVELS
+        return (found * ops.SLOPE_LEVELS).round() / ops.SLOPE_LEVELS
 
     def _run_chain(
-        self, box: Interval, slopes: Tensor, row: Tensor, enough: Tensor, options: SlopeSearch
+        self, box: Interval, slopes: Tensor, row: Tensor, enough: Tensor, options: AlphaOptions
     ) -> tuple[Tensor, LeafBounds]:
         """Search and bounds by the native kernel of chains."""
         if self._chain is None:
@@ -254,26 +235,13 @@ class SharedSlopes:
                 ends = boxes[node.inputs[0]].map(lambda end: end.flatten(1))
                 lines[node.name] = lowered.enter_lines(node, _lines(node, ends, own[node.name]))
             elif node.name in self._tightened and node.name in self._readers:
-                image = self._tighten(lowered, node, image, boxes, lines)
+                needed = needed_scalars(image, self._readers[node.name])
+                bounder = lowered.scalars(node, needed)
+                image = bounder.tighten(image, _wanted(bounder, lines), boxes)
             boxes[node.name] = image
         bounder = lowered.rows(self._last, rows, boxes if cuts else None)
-        needed = [lines[node.name] for node in bounder.activations]
-        lower, inputs, _ = bounder.lower(needed, boxes)
+        lower, inputs, _ = bounder.lower(_wanted(bounder, lines), boxes)
         return lower, lowered.layout.leave(start.name, inputs), boxes
-
-    def _tighten(
-        self, lowered: Lowered, node: Node, box: Interval, boxes: Boxes, lines: dict[str, Tensor]
-    ) -> Interval:
-        """Intersect what some activation is not affine on with backward bounds."""
-        bounder = lowered.scalars(node, needed_scalars(box, self._readers[node.name]))
-        low, negated = bounder.lower([lines[part.name] for part in bounder.activations], boxes)[0]
-        lower, upper = box.lower.reshape(-1), box.upper.reshape(-1)
-        where, new = bounder.where, Interval(low, -negated)
-        tight = pass_gradient(Interval(lower[where], upper[where]).intersect(new), new)
-        return Interval(
-            lower.index_put((where,), tight.lower).reshape_as(box.lower),
-            upper.index_put((where,), tight.upper).reshape_as(box.upper),
-        )
 
 
 def _two_piece(node: Node) -> TwoPiece:
@@ -281,6 +249,11 @@ def _two_piece(node: Node) -> TwoPiece:
     if not isinstance(operator, TwoPiece):
         raise TypeError(f"{node.name}: operator '{node.op}' is not piecewise linear")
     return operator
+
+
+def _wanted(bounder: Bounder, lines: Mapping[str, Tensor]) -> list[Tensor]:
+    """The lines that a bounder goes through, in its order."""
+    return [lines[node.name] for node in bounder.activations]
 
 
 def _lines(node: Node, ends: Interval, slopes: Tensor) -> Tensor:

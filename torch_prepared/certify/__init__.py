@@ -16,6 +16,12 @@ from torch_prepared.certify.points import (
     check_points,
 )
 from torch_prepared.certify.proof import ProofTree, Slopes
+from torch_prepared.certify.radius import (
+    RadiusCertificate,
+    RadiusCheck,
+    RadiusClaim,
+    check_radius,
+)
 from torch_prepared.certify.records import InputRecord, NetworkRecord, PropertyRecord
 
 __all__ = [
@@ -29,10 +35,14 @@ __all__ = [
     "ProofTree",
     "PropertyCheck",
     "PropertyRecord",
+    "RadiusCertificate",
+    "RadiusCheck",
+    "RadiusClaim",
     "Slopes",
     "Verdict",
     "check_certificate",
     "check_points",
+    "check_radius",
     "evaluate_exactly",
     "margin_exactly",
     "match_certificate",

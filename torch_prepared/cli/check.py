@@ -105,6 +105,17 @@ def run_check(config: CheckConfig) -> Outcome:
         return run_point_check(
             config.certificate, config.model, config.properties, config.arithmetic
         )
+    from torch_prepared.cli._radius_check import is_radius_certificate, run_radius_check
+
+    if is_radius_certificate(config.certificate):
+        return run_radius_check(
+            config.certificate, config.model, config.properties, config.arithmetic,
+            config.settings.seed,
+        )  # fmt: skip
+    if not config.properties:
+        raise click.UsageError(
+            f"{config.certificate}: a certificate about properties; got none; expected their files"
+        )
     replay = replay_certificate(config)
     check, agreement = replay.check, replay.agreement
     status = "certified" if replay.certified else "unknown"
@@ -137,7 +148,7 @@ def run_check(config: CheckConfig) -> Outcome:
 @click.command("check")
 @click.argument("certificate", type=FILE)
 @click.argument("model", type=FILE)
-@click.argument("properties", type=FILE, nargs=-1, required=True)
+@click.argument("properties", type=FILE, nargs=-1)
 @click.option(
     "--arithmetic",
     type=click.Choice(["real", "float32"]),
@@ -161,7 +172,8 @@ def command(
 ) -> None:
     """Replay CERTIFICATE for MODEL (.onnx) and PROPERTIES (.vnnlib), trusting none of them.
 
-    A certificate of ``pointwise`` takes the file of examples (.npz, .csv) in place of PROPERTIES.
+    A certificate of ``pointwise`` takes the file of examples (.npz, .csv) in place of PROPERTIES,
+    one of ``invert`` none, or with --match the other network (.onnx).
     """
     config = CheckConfig(certificate, model, properties, arithmetic, activation_ulp, settings)
     finish(run_check(config), settings.json)

@@ -63,7 +63,7 @@ class Shards:
 
     def vector(self) -> ParameterVector:
         """The editable parameters."""
-        return ParameterVector.of(self.task.source.graph, self.task.options.layers)
+        return ParameterVector.chosen(self.task.source.graph, self.task.options.layers)
 
     def margins(self, index: Tensor, size: float) -> MarginFunction:
         """Margins of the properties at positions ``index``, regions shrunk to ``size``."""

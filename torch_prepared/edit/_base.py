@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch_prepared.specs import Property
 
 CROWN_BUDGET = 2e11  #: operations of backward passes worth spending on one network
 
-__all__ = ["Candidate", "EditOptions", "EditProblem", "Editor", "Norm"]
+__all__ = ["Candidate", "Candidates", "EditOptions", "EditProblem", "Editor", "Norm"]
 
 
 class Norm(enum.Enum):
@@ -169,14 +169,18 @@ class Candidate:
     details: Mapping[str, float] = field(default_factory=dict)
 
 
+Candidates = Generator[Candidate, bool | None, None]
+"""Edits out; whether the last one was certified, in."""
+
+
 class Editor(ABC):
     """A way to find edits. Yields ever new candidates until it has no better or time is up."""
 
     name: ClassVar[str]
 
     @abstractmethod
-    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
-        """Claimed edits, the first as soon as possible.
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
+        """Claimed edits, the first as soon as possible; each is answered by whether it held.
 
         Raises:
             InfeasibleEditError: no edit of this kind exists; the message names the properties that

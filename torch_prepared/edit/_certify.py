@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.bounds import PropertyBatch, bound_nodes, bound_rows
-from torch_prepared.bounds._leaf import LeafEngine, SlopedEngine
-from torch_prepared.bounds.branch import SplitTree
+from torch_prepared.bounds.branch import LeafEngine, SlopedEngine, SplitTree
 from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.bounds.engine import leaf_engine
 from torch_prepared.certify import (

@@ -46,7 +46,9 @@ __all__ = [
 
 ROUNDS = 300
 OPTIMAL = 1e-3  #: relative gap at which column generation stops
-NEWTON_STEPS, NEWTON_GAIN = 25, 0.98  #: most of them, and how far one must bring the distance down
+NEWTON_STEPS, FEWEST_STEPS = 25, 2
+NEWTON_FLOPS = 1e10  #: of evaluations, one per step; a step takes about five
+NEWTON_GAIN = 0.98  #: how far a step must bring the distance down to be followed by another
 SHORTER, LEAST_SHARE = 0.4, 1e-3  #: of a step, while the distance does not fall
 
 
@@ -160,7 +162,7 @@ class BehaviorDistance(QuadraticDistance):
             return None
         best = min(known, key=lambda start: self.size(delta + start.delta))
         step, multipliers, size = best.delta, best.multipliers, self.size(delta + best.delta)
-        for _ in range(NEWTON_STEPS):
+        for _ in range(self._steps):
             home = self._newton(delta + step)
             found = self.step(rows, lift - rows.effect(step) + rows.effect(home))
             if found is None:
@@ -186,6 +188,11 @@ class BehaviorDistance(QuadraticDistance):
             self.metric.damping, relative=False,
         )  # fmt: skip
         return replace(self, metric=metric)
+
+    @property
+    def _steps(self) -> int:
+        """Newton steps worth their time."""
+        return int(max(FEWEST_STEPS, min(NEWTON_STEPS, NEWTON_FLOPS / self.loss.flops)))
 
     def _newton(self, delta: Tensor) -> Tensor:
         """How far to step back by the metric and the true gradient; ``delta`` if they agree."""

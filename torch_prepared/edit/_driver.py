@@ -20,7 +20,7 @@ from torch_prepared.certify import ProofTree, Verdict
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork
-from torch_prepared.edit._base import Candidate, EditOptions, Editor, EditProblem
+from torch_prepared.edit._base import Candidate, Candidates, EditOptions, Editor, EditProblem
 from torch_prepared.edit._behavior import Drawdown, Reference
 from torch_prepared.edit._certify import Certified, certify_network, prove
 from torch_prepared.edit._conflict import find_conflicts
@@ -217,8 +217,10 @@ class Run:
         stream = task.editor().candidates(self._problem(active), self._editing(loose))
         bar = tqdm(disable=not task.progress, unit="edit", desc=task.method, leave=False)
         try:
-            while (candidate := self._next(stream)) is not None:
+            held: bool | None = None
+            while (candidate := self._next(stream, held)) is not None:
                 lost = self._certify(candidate, active, candidate.editor or task.method)
+                held = self.attempts[-1].certified
                 losses += bool(lost)
                 bar.update()
                 if self.work.over or losses >= LOSSES:
@@ -240,9 +242,13 @@ class Run:
         usable = max(left - aside, 0.3 * left)
         return Deadline(None if self.work.seconds is None else ROUND_SHARE * usable)
 
-    def _next(self, stream: Iterator[Candidate]) -> Candidate | None:
+    def _next(self, stream: Candidates, held: bool | None) -> Candidate | None:
+        """The next candidate, the editor being told whether the last one held."""
         with self._timed("edit"):
-            return next(stream, None)
+            try:
+                return stream.send(held)
+            except StopIteration:
+                return None
 
     def _certify(self, candidate: Candidate, active: Sequence[int], method: str) -> set[int]:
         """Have a candidate checked; keep it when it is certified and the best so far.

@@ -175,7 +175,7 @@ class Forest:
             order = np.argsort(margins)
             if not worst:
                 order = torch.randperm(len(leaves), generator=self.generator).numpy()
-            chosen = leaves[order[:share]]
+            chosen = leaves[order[: min(share, rows.most_rows)]]
             boxes, alphas = tree.boxes(chosen), None
             if isinstance(engine, SlopedEngine):
                 slopes = engine.slopes.chosen(boxes, tree.shares(chosen, engine.slopes.size))

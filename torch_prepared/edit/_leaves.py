@@ -19,6 +19,7 @@ from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import InputSet
 
 SCREENED = 100_000
+ROW_BYTES, FEWEST_ROWS = 1 << 29, 3
 
 __all__ = ["PropertyRows", "low_points"]
 
@@ -82,6 +83,11 @@ class PropertyRows:
     def _point_margins(self, theta: Tensor, points: Tensor) -> Tensor:
         y = evaluate_graph(self.graph, points, self.vector.split(theta)).flatten(1)
         return self.batch.margins(y @ self.batch.rows[0].T + self.batch.offset[0])
+
+    @property
+    def most_rows(self) -> int:
+        """Gradients that fit into memory together."""
+        return int(max(FEWEST_ROWS, ROW_BYTES // (8 * self.vector.count)))
 
     def _chunk(self) -> int:
         """Rows per vmap call, so that gradients and intermediate rows stay in memory."""

@@ -4,6 +4,9 @@ An operator's own choice of its lower line jumps where the choice changes (ReLU 
 ``u = -l``), and the bound jumps with it, however small the step. With the slopes held the bound
 is continuous in the weights, and any slopes in [0, 1] give a sound bound. So steps are judged with
 the slopes they were computed for, and the slopes are data of a point like its weights.
+
+Where gradients of one region would take too much memory at once, slopes are not held: bounds come
+from native passes, and gradients are gathered value by value, of the lowest margins only.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from torch import Tensor
 
 from torch_prepared.bounds import PropertyBatch, bound_rows, certified_margin
 from torch_prepared.bounds._regions import RegionBatch
-from torch_prepared.bounds.cost import crown_flops
+from torch_prepared.bounds.adjoint import margin_gradient
+from torch_prepared.bounds.cost import crown_bytes, crown_flops
 from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.certify import ProofTree, Slopes
 from torch_prepared.core.graph import Graph, Node
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Linearization", "MarginFunction"]
 
+AT_ONCE = 1 << 32  #: bytes of one region's gradients beyond which they are gathered by value
+PASS_MEMORY = 1 << 28  #: bytes of one pass of these
 BLOCK, BLOCK_FLOPS = 4, 4e7  #: most properties, and operations, of one backward pass
 
 
@@ -118,8 +124,11 @@ class MarginFunction:
         """Gradients of margins ``rows`` (k,), some properties at a time.
 
         A property's margins depend on its own bounds only, yet one backward pass carries every row
-        through every property of its batch: work that grows with the square of the batch.
+        through every property of its batch: work that grows with the square of the batch. Of a
+        large network only each property's lowest margin is differentiated.
         """
+        if self._large:
+            return self._gather(theta, value, rows)
         size = max(1, min(BLOCK, int(BLOCK_FLOPS / crown_flops(self.graph))))
         jacobian = torch.zeros(len(rows), len(theta))
         block = self.owners[rows] // size
@@ -140,6 +149,27 @@ class MarginFunction:
         units = torch.nn.functional.one_hot(rows - first, len(margins)).to(margins)
         (jacobian,) = torch.autograd.grad(margins, point, units, is_grads_batched=True)
         return jacobian
+
+    @cached_property
+    def _large(self) -> bool:
+        """Whether gradients of one region are too large to be held at once."""
+        return crown_bytes(self.graph, torch.float32.itemsize) > AT_ONCE
+
+    def _gather(self, theta: Tensor, value: Tensor, rows: Tensor) -> Linearization:
+        """Gradients of the lowest of each property's margins among ``rows``, value by value."""
+        graph, batch = self._single
+        changed = self.vector.split(theta.detach().float())
+        clauses, kept, found = self.batch.present.nonzero()[:, 1], [], []
+        for owner in self.owners[rows].unique().tolist():
+            mine = rows[self.owners[rows] == owner]
+            lowest = int(mine[value[mine].argmin()])
+            part = _one_clause(batch[owner : owner + 1], int(clauses[lowest]))
+            gradient = margin_gradient(graph, part, changed, max_memory=PASS_MEMORY)
+            kept.append(lowest)
+            found.append(self.vector.flatten(gradient))
+        if not kept:
+            return Linearization(value, rows, torch.zeros(0, len(theta)))
+        return Linearization(value, torch.tensor(kept), torch.stack(found))
 
     def proofs(
         self, theta: Tensor, slopes: Tensor, properties: tuple[Property, ...]
@@ -171,7 +201,7 @@ class MarginFunction:
     ) -> tuple[Tensor, dict[str, Interval]]:
         """Lower bounds (b, s) of all rows plus offsets, and the intervals behind them."""
         changed = self.vector.split(theta)
-        if slopes is None or not self.bent:
+        if slopes is None or not self.bent or self._large:
             bound = certified_margin(graph, batch, parameters=changed)
             return bound.rows, dict(bound.boxes)
         alphas = self._alphas(slopes)
@@ -187,3 +217,16 @@ class MarginFunction:
             node.name: part.reshape(len(part), 1, *node.shape)
             for (node, _), part in zip(self.bent, parts, strict=True)
         }
+
+
+def _one_clause(batch: PropertyBatch, clause: int) -> PropertyBatch:
+    """One property with only one of its clauses."""
+    mine = batch.clause[0] == clause
+    mine &= ~torch.isneginf(batch.offset[0])  # padding
+    return dataclasses.replace(
+        batch,
+        rows=batch.rows[:, mine],
+        offset=batch.offset[:, mine],
+        clause=torch.zeros_like(batch.clause[:, mine]),
+        present=torch.ones_like(batch.present[:, :1]),
+    )

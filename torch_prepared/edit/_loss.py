@@ -54,6 +54,11 @@ class BehaviorLoss:
         outputs = evaluate_on(single, inputs)
         return cls(single, vector, inputs, outputs, Importance.of(reference, chosen))
 
+    @property
+    def flops(self) -> float:
+        """Operations of one evaluation, about."""
+        return len(self.inputs) * sum(node_flops(self.graph, n) for n in self.graph.nodes[1:])
+
     def value(self, theta: Tensor) -> float:
         """The loss at weights (p,); 0 at the original ones."""
         with torch.no_grad():

@@ -111,7 +111,7 @@ class PointSet:
             if not len(points):
                 continue
             margins = rows.at_points(theta, points)
-            chosen = margins.argsort()[:share]
+            chosen = margins.argsort()[: min(share, rows.most_rows)]
             chosen = chosen[margins[chosen] < near]
             if len(chosen):
                 jacobian, value = rows.point_rows(theta, points[chosen])

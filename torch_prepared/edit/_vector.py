@@ -13,6 +13,8 @@ from torch_prepared.errors import SpecError
 
 __all__ = ["ParameterVector"]
 
+MOST_SCALARS = 2_000_000  #: that an editor moves when it may choose
+
 
 @dataclass(frozen=True)
 class ParameterVector:
@@ -46,6 +48,26 @@ class ParameterVector:
                 )
         order = tuple(names)
         return cls(order, tuple(graph.parameters[name].shape for name in order))
+
+    @classmethod
+    def chosen(cls, graph: Graph, layers: tuple[str, ...] | None) -> ParameterVector:
+        """The parameters of ``layers``; without a choice all, or the last ones of a large network.
+
+        Raises:
+            SpecError: as :meth:`of`.
+        """
+        every = cls.of(graph, layers)
+        if layers is not None or every.count <= MOST_SCALARS:
+            return every
+        kept, count = list[str](), 0
+        for node in reversed(graph.nodes):
+            fresh = {r.name for r in node.params.values() if r.name in graph.editable} - set(kept)
+            count += sum(graph.parameters[name].numel() for name in fresh)
+            if count > MOST_SCALARS and kept:
+                break
+            kept += fresh
+        pairs = [pair for pair in zip(every.names, every.shapes, strict=True) if pair[0] in kept]
+        return cls(tuple(name for name, _ in pairs), tuple(shape for _, shape in pairs))
 
     @property
     def count(self) -> int:

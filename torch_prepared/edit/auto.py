@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._base import Candidate, Editor, EditProblem, Norm
+from torch_prepared.edit._base import Candidates, Editor, EditProblem, Norm
 from torch_prepared.edit._certify import LOW_DIMENSION
 from torch_prepared.edit.one_shot import OneShotEditor
 from torch_prepared.edit.refine import RefineEditor
@@ -26,27 +25,35 @@ class AutoEditor(Editor):
 
     Regions with at most 16 coordinates of positive width are split (``refine``), and bounded whole
     (``sequential``) if that fails; others, where splitting is hopeless, are bounded whole only.
+    Where nothing holds, one-shot edits of all layers are tried at last.
     """
 
     name = "auto"
 
-    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         reasons: list[str] = []
-        found = False
+        found = held = False
         for editor, share in self._plan(problem):
             if isinstance(editor, OneShotEditor) and problem.options.norm is Norm.BEHAVIOR:
                 continue
-            part = deadline.share(share)
+            last_resort = isinstance(editor, OneShotEditor) and not editor.first_only
+            if last_resort and held:
+                return
+            part, improved = deadline.share(share), False
             try:
                 for candidate in editor.candidates(problem, part):
                     found = True
                     note = f"{editor.name}: {candidate.note}"
-                    yield dataclasses.replace(candidate, note=note, editor=editor.name)
-                if not isinstance(editor, OneShotEditor):
-                    return
-            except (InfeasibleEditError, SolverError) as error:
+                    answer = yield dataclasses.replace(candidate, note=note, editor=editor.name)
+                    improved |= bool(answer)
+            except (InfeasibleEditError, SolverError, MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                    raise
                 reasons.append(f"{editor.name}: {error}")
                 logger.info("auto: %s", reasons[-1])
+            held |= improved
+            if improved and not isinstance(editor, OneShotEditor):
+                return
         if not found:
             raise InfeasibleEditError("; ".join(reasons))
 
@@ -57,6 +64,5 @@ class AutoEditor(Editor):
         if problem.options.norm in (Norm.L1, Norm.LINF, Norm.L1_PLUS_LINF):
             return [(OneShotEditor(), 1.0)]
         net = (OneShotEditor(first_only=True), FALLBACK_SHARE)
-        if wide > LOW_DIMENSION:
-            return [net, (SequentialEditor(), 1.0)]
-        return [net, (RefineEditor(), 0.95), (SequentialEditor(), 1.0)]
+        refine = [(RefineEditor(), 0.95)] if wide <= LOW_DIMENSION else []
+        return [net, *refine, (SequentialEditor(), 1.0), (OneShotEditor(), 1.0)]

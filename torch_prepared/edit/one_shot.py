@@ -10,7 +10,7 @@ Relaxation" (NeurIPS 2024).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch_prepared.certify import ProofTree
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rows import Floats
-from torch_prepared.edit._base import Candidate, Editor, EditProblem, Norm
+from torch_prepared.edit._base import Candidate, Candidates, Editor, EditProblem, Norm
 from torch_prepared.edit._certify import within_clauses
 from torch_prepared.edit._margin import aimed_margin
 from torch_prepared.errors import InfeasibleEditError, SpecError
@@ -50,7 +50,7 @@ class OneShotEditor(Editor):
     solver: str = "highs"
     first_only: bool = field(default=False)
 
-    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         if problem.options.norm is Norm.BEHAVIOR:
             raise SpecError(
                 "norm: got 'behavior' for one_shot, which minimizes a norm of the weights; "
@@ -67,8 +67,7 @@ class OneShotEditor(Editor):
                 break
             clock = Deadline()
             try:
-                yield self._edit(problem, layer, boxes, picks, deadline)
-                found = True
+                found |= bool((yield self._edit(problem, layer, boxes, picks, deadline)))
             except InfeasibleEditError as error:
                 failures.append(f"{layer}: {error}")
                 logger.info("one_shot: %s", failures[-1])
@@ -76,7 +75,7 @@ class OneShotEditor(Editor):
             if deadline.over or (found and self.first_only):
                 break
         if not found:
-            raise InfeasibleEditError("; ".join(failures) or "no editable layer")
+            raise InfeasibleEditError("; ".join(failures) or "no edit of one layer is certified")
 
     def _enough(self, deadline: Deadline, spent: float) -> bool:
         """Whether trying one more layer would endanger the edit found: checking takes time too."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch_prepared.bounds.branch import SplitTree
 from torch_prepared.bounds.cost import crown_flops
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit._base import Candidate, Candidates, Editor, EditProblem
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._distance import quadratic_distance
 from torch_prepared.edit._forest import Forest, Integers
@@ -49,6 +49,7 @@ HOME_ROUNDS = 3
 LIFTS = 4
 WORTH = 0.3  #: share of the open leaves that one more lift must close
 CHEAP = 2e-5  #: distance below which the aim may be raised before anything else
+EARLY_RAISES, EARLY_SHARE = 3, 0.1  #: at most so often, in this share of the time left
 RAISES = 8  #: times that the aim is doubled at most for trees that grow too large
 RAISE_SHARE = 0.5  #: of the capacity, past which trees are too large
 OPEN_SHARE = 0.2  #: of these leaves, that must be open
@@ -81,7 +82,7 @@ class RefineEditor(Editor):
     relative_margin: float = 0.05
     reach: float = 2.0
 
-    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         run = _Refinement.start(problem, self, deadline)
         yield from run.candidates()
 
@@ -101,7 +102,7 @@ class _Refinement:
 
     @classmethod
     def start(cls, problem: EditProblem, settings: RefineEditor, deadline: Deadline) -> _Refinement:
-        vector = ParameterVector.of(problem.exact, problem.options.layers)
+        vector = ParameterVector.chosen(problem.exact, problem.options.layers)
         origin = vector.flatten(problem.exact.parameters).detach().clone()
         generator = torch.Generator().manual_seed(problem.options.seed)
         rows, kept, sizes = [], [problem.reference.inputs.double()], []
@@ -128,7 +129,8 @@ class _Refinement:
     def candidates(self) -> Iterator[Candidate]:
         """Weights for which every leaf of every tree is proved, ever closer to the origin."""
         self.points.seek(self.deadline)
-        while self.raises < RAISES and self.walk.distance() < CHEAP and not self.deadline.over:
+        early = self.deadline.share(EARLY_SHARE)
+        while self.raises < EARLY_RAISES and self.walk.distance() < CHEAP and not early.over:
             self._raise_aim()
             self.points.seek(self.deadline)
         self._prove(ROUNDS, RAISES)

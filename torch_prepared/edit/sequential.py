@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._base import Candidate, Editor, EditProblem
+from torch_prepared.edit._base import Candidate, Candidates, Editor, EditProblem
 from torch_prepared.edit._bundle import Bundle
 from torch_prepared.edit._checkpoint import Checkpoint, Progress
 from torch_prepared.edit._distance import Distance, choose_distance
@@ -97,7 +97,7 @@ class SequentialEditor(Editor):
     name = "sequential"
     dampings: tuple[float, ...] = (0.1, 1.0, 0.01)
 
-    def candidates(self, problem: EditProblem, deadline: Deadline) -> Iterator[Candidate]:
+    def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         direct: tuple[_Search, _State] | None = None
         try:
             direct = self._feasible(problem, deadline, False)
@@ -146,7 +146,7 @@ class _Search:
 
     @classmethod
     def start(cls, problem: EditProblem, damping: float, deadline: Deadline) -> _Search:
-        vector = ParameterVector.of(problem.exact, problem.options.layers)
+        vector = ParameterVector.chosen(problem.exact, problem.options.layers)
         team = problem.options.team
         whole = MarginFunction(problem.exact, problem.batch, vector)
         return cls(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from torch_prepared.bounds import PropertyBatch, bound_nodes, bound_rows, certified_margin
+from torch_prepared.bounds import (
+    MarginBounds,
+    PropertyBatch,
+    bound_nodes,
+    bound_rows,
+    certified_margin,
+)
 from torch_prepared.bounds._regions import RegionBatch
+from torch_prepared.bounds.adjoint import margin_gradient
 from torch_prepared.bounds.cost import crown_flops
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._vector import ParameterVector
@@ -34,13 +41,21 @@ class LiveMargins:
     graph: Graph
     batch: PropertyBatch
     vector: ParameterVector
+    _latest: list[tuple[Tensor, MarginBounds]] = field(default_factory=list)
+
+    def value(self, theta: Tensor) -> Tensor:
+        """Margins (b,); NaN where weights overflow. ``theta`` must not be written to later."""
+        return self._bounds(theta).margin
 
     @torch.no_grad()
-    def value(self, theta: Tensor) -> Tensor:
-        """Margins (b,); NaN where weights overflow."""
-        with torch.autocast(theta.device.type, enabled=False):
-            changed = self.vector.split(theta)
-            return certified_margin(self.graph, self.batch, parameters=changed).margin
+    def _bounds(self, theta: Tensor) -> MarginBounds:
+        """Bounds at ``theta``; those of the latest point are kept."""
+        if not self._latest or not torch.equal(self._latest[0][0], theta):
+            with torch.autocast(theta.device.type, enabled=False):
+                changed = self.vector.split(theta)
+                found = certified_margin(self.graph, self.batch, parameters=changed)
+            self._latest[:] = [(theta, found)]
+        return self._latest[0][1]
 
     def gradients(self, theta: Tensor, which: Tensor) -> Tensor:
         """Gradients (k, p) of the margins at positions ``which`` (k,).
@@ -54,13 +69,17 @@ class LiveMargins:
         with torch.enable_grad(), torch.autocast(theta.device.type, enabled=False):
             if self.batch.regions.is_box and crown_flops(self.graph) < SMALL_FLOPS:
                 return self._gradients_of_boxes(theta, which)
-            found = []
-            for row in which.tolist():
-                point = theta.detach().clone().requires_grad_()
-                one = self.batch[row : row + 1]
-                bound = certified_margin(self.graph, one, parameters=self.vector.split(point))
-                found.append(torch.autograd.grad(bound.margin.sum(), point)[0])
-            return torch.stack(found)
+            bound, changed = self._bounds(theta), self.vector.split(theta)
+            return torch.stack(
+                [
+                    self.vector.flatten(
+                        margin_gradient(
+                            self.graph, self.batch[i : i + 1], changed, known=bound[i : i + 1]
+                        )
+                    )
+                    for i in which.tolist()
+                ]
+            )
 
     def _gradients_of_boxes(self, theta: Tensor, which: Tensor) -> Tensor:
         """One vectorized pass per chunk; every value is tightened, as which need it may differ."""

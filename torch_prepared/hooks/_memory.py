@@ -24,11 +24,16 @@ OLDEST = 25  #: edits after which a row is computed anew
 
 @dataclass
 class RowMemory:
-    """Gradients (k, p) of the margins of properties ``owner`` (k,), each ``age`` (k,) edits old."""
+    """Gradients (k, p) of the margins of properties ``owner`` (k,), each ``age`` (k,) edits old.
+
+    ``inverse`` (p,), of the metric that steps are measured in: ``sum(step ** 2 / inverse)``; None
+    is the 2-norm.
+    """
 
     rows: Tensor | None = None
     owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     age: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    inverse: Tensor | None = None
     _gram: Tensor | None = None
 
     def missing(self, which: Tensor) -> Tensor:
@@ -55,39 +60,51 @@ class RowMemory:
         self._gram = None
         return True
 
-    def step(self, lack: Tensor) -> Tensor | None:
+    def measure(self, inverse: Tensor | None) -> None:
+        """Change the metric."""
+        self.inverse, self._gram = inverse, None
+
+    def step(self, lack: Tensor) -> tuple[Tensor, float] | None:
         """The shortest step (p,) along which margins rise by ``lack`` (b,), where rows are known.
 
-        A negative lack is what a margin may fall by. None where no such step was found.
+        A negative lack is what a margin may fall by. With its length; None where no such step was
+        found.
         """
         if self.rows is None or not len(self.owner):
             return None
+        inverse = self.inverse
         if self._gram is None:
-            self._gram = gram_matrix(self.rows)
+            scaled = self.rows if inverse is None else self.rows * inverse.sqrt()
+            self._gram = gram_matrix(scaled)
         answer = project(self._gram, lack.cpu().double()[self.owner])
         if answer.status is Status.INFEASIBLE:
             return None
-        return torch.from_numpy(answer.multipliers).to(self.rows) @ self.rows
+        step = torch.from_numpy(answer.multipliers).to(self.rows) @ self.rows
+        return step if inverse is None else step * inverse, answer.distance
+
+    def length(self, vector: Tensor) -> float:
+        """The length of a vector (p,), measured as steps are."""
+        inverse = self.inverse
+        return float(vector.norm() if inverse is None else (vector * inverse.rsqrt()).norm())
 
     def fit(self, count: int) -> None:
         """Forget rows that take too much memory.
 
         Raises:
-            SpecError: rows of another number of weights, as from another model's checkpoint.
+            SpecError: data of another number of weights, as from another model's checkpoint.
         """
-        if self.rows is None:
-            return
-        if self.rows.shape[1] != count:
-            raise SpecError(
-                f"EditHook: got rows over {self.rows.shape[1]} weights for a model of {count}; "
-                "expected the checkpoint of the same model"
-            )
-        if self.rows.numel() * self.rows.element_size() > BYTES:
+        for part in (self.rows, self.inverse):
+            if part is not None and part.shape[-1] != count:
+                raise SpecError(
+                    f"EditHook: got rows over {part.shape[-1]} weights for a model of {count}; "
+                    "expected the checkpoint of the same model"
+                )
+        if self.rows is not None and self.rows.numel() * self.rows.element_size() > BYTES:
             self.rows, self.owner, self.age, self._gram = None, self.owner[:0], self.age[:0], None
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """The rows, whose they are and how old."""
-        return {"rows": self.rows, "owner": self.owner, "age": self.age}
+        """The rows, whose they are and how old, and the metric."""
+        return {"rows": self.rows, "owner": self.owner, "age": self.age, "inverse": self.inverse}
 
     @classmethod
     def from_state(cls, state: Mapping[str, object], properties: int) -> RowMemory:
@@ -97,8 +114,16 @@ class RowMemory:
             SpecError: other data.
         """
         rows, owner, age = state.get("rows"), state.get("owner"), state.get("age")
+        inverse = state.get("inverse")
+        if inverse is not None and not (
+            isinstance(inverse, Tensor)
+            and inverse.dim() == 1
+            and bool((torch.isfinite(inverse) & (inverse > 0)).all())
+        ):
+            raise SpecError("EditHook.load_state_dict: got a malformed metric; expected (p,) > 0")
+        inverse = None if inverse is None else inverse.clone()
         if rows is None:
-            return cls()
+            return cls(inverse=inverse)
         if (
             not (isinstance(rows, Tensor) and isinstance(owner, Tensor) and isinstance(age, Tensor))
             or rows.dim() != 2
@@ -109,4 +134,4 @@ class RowMemory:
             raise SpecError(
                 "EditHook.load_state_dict: got malformed rows; expected (k, p) and (k,)"
             )
-        return cls(rows.clone(), owner.cpu().clone(), age.cpu().clone())
+        return cls(rows.clone(), owner.cpu().clone(), age.cpu().clone(), inverse)

@@ -10,10 +10,53 @@ from torch import Tensor, nn
 from torch_prepared.hooks._record import OptimizerState
 from torch_prepared.solvers import Status, gram_matrix, project
 
-__all__ = ["settle_optimizer"]
+__all__ = ["inverse_metric", "settle_optimizer"]
 
 _MOMENTS = ("exp_avg", "momentum_buffer")  #: directions of travel; second moments stay
+_SQUARES = ("exp_avg_sq", "square_avg", "sum")  #: of Adam and kin, of RMSprop, of Adagrad
 _TINY = 1e-8  #: as in Adam
+DAMPING = 0.1  #: of the metric, relative to the mean
+
+
+def inverse_metric(
+    optimizer: torch.optim.Optimizer | None, parameters: Sequence[nn.Parameter]
+) -> Tensor | None:
+    """The inverse (p,) of a diagonal metric in which short steps change the loss little.
+
+    An optimizer's running mean of squared gradients is, up to a factor, the diagonal of the
+    empirical Fisher matrix, so ``sum(metric * step ** 2)`` grows with the loss. The metric is
+    scaled to mean 1 and damped; parameters that the optimizer knows nothing of count as average.
+
+    Returns:
+        None where the optimizer keeps no such mean: the metric is the identity then.
+
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (PNAS 2017),
+    equation 3; its estimate from optimizers' states is ours.
+    """
+    if optimizer is None:
+        return None
+    found = [_squares(optimizer.state.get(parameter, {})) for parameter in parameters]
+    known = [part for part in found if part is not None]
+    total = sum(float(part.sum()) for part in known)
+    count = sum(part.numel() for part in known)
+    if not 0.0 < total < float("inf"):
+        return None
+    parts = [
+        torch.ones_like(parameter).reshape(-1)
+        if part is None
+        else part.reshape(-1).to(parameter) * (count / total)
+        for parameter, part in zip(parameters, found, strict=True)
+    ]
+    return 1.0 / (torch.cat(parts) + DAMPING)
+
+
+def _squares(state: Mapping[str, object]) -> Tensor | None:
+    """The running mean of squared gradients in an optimizer's state of one parameter."""
+    for key in _SQUARES:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.dim():
+            return value
+    return None
 
 
 def settle_optimizer(

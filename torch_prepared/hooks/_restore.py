@@ -31,7 +31,7 @@ __all__ = ["Restored", "restore"]
 SHARES = (1.0, 0.4, 0.15, 0.05)
 STRETCH = 1.5  #: bounds rise less than their linearization says, so more is asked for
 FAIR_SHARE = 0.1
-LONG_STEP = 0.01  #: of the weights' norm; longer ones are taken along fresh rows only
+LONG_STEP = 0.03  #: of the weights' norm; longer ones are taken along fresh rows only
 STALE_SHARE = 0.5  #: of what was promised, at which rows of earlier points go on serving
 
 
@@ -83,22 +83,25 @@ def restore(
     if bool((value >= needed).all()):
         return Restored(theta, value, True)
     memory.grow_old()
+    size = memory.length(theta)
     walk = Restored(theta, value, False)
     trusted, share, gradients = True, 0, 0
     fresh = torch.zeros(len(value), dtype=torch.bool)
     while walk.rounds < rounds and bool(torch.isfinite(walk.value).all()):
-        low = (walk.value < aim).nonzero().flatten().cpu()
-        which = memory.missing(low) if trusted else low[~fresh[low]]
+        low = (walk.value < needed).nonzero().flatten().cpu()
+        which = memory.missing((walk.value < aim).nonzero().flatten())
+        if not trusted:
+            which = torch.cat([which, low[~fresh[low]]]).unique()
         if not memory.refresh(margins, walk.theta, which):
             break
         fresh[which], gradients = True, gradients + len(which)
         stale = trusted and not bool(fresh[low].all())
         asked = SHARES[share] * (aim - walk.value)
-        delta = memory.step(asked if share else STRETCH * asked)
-        if stale and (delta is None or delta.norm() > LONG_STEP * theta.norm()):
+        step = memory.step(asked if share else STRETCH * asked)
+        if stale and (step is None or step[1] > LONG_STEP * size):
             trusted = False
             continue
-        trial = _at(margins, walk, delta, gradients)
+        trial = _at(margins, walk, None if step is None else step[0], gradients)
         if bool((trial.value >= needed).all()):
             return dataclasses.replace(trial, reached=True)
         promised = SHARES[share] * (aim - walk.lowest)

@@ -40,7 +40,7 @@ class Schedule(ABC):
 class EverySteps(Schedule):
     """Every ``every`` optimizer steps, from step ``start`` on; edits where a margin is missed."""
 
-    every: int = 100
+    every: int = 250
     start: int = 0
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class WhenMarginBelow(Schedule):
     """Looks every ``every`` optimizer steps; edits when the lowest margin is below ``value``."""
 
     value: float
-    every: int = 100
+    every: int = 250
     start: int = 0
 
     def __post_init__(self) -> None:

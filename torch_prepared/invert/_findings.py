@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable
 
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._certify import Certified
 from torch_prepared.invert._ball import Ball
-from torch_prepared.invert._result import Evidence, Outcome, Pair, RadiusBound
+from torch_prepared.invert._result import Certified, Evidence, Outcome, Pair, RadiusBound
 from torch_prepared.invert._solve import Answer, Effort
 
 __all__ = ["Findings"]
@@ -52,6 +51,7 @@ class Findings:
         self._distance = distance
         self._separation = separation
         self._evidence = Evidence.NONE
+        self._apart = 0.0
         self._excluded = math.inf  #: least radius of a witness that claims speak of
         self._finished = False
 
@@ -81,14 +81,17 @@ class Findings:
             self.note(f"exact collision at radius {reach:.6g} ({source})")
             self.effort.tell(self.lower, self.upper)
 
-    def prove(self, radius: float, evidence: Evidence, source: str) -> None:
-        """A bound that holds without trust in a solver."""
+    def prove(
+        self, radius: float, evidence: Evidence, source: str, separation: float = 0.0
+    ) -> None:
+        """A bound that holds without trust in a solver, for pairs at least ``separation`` apart."""
         radius = min(radius, self.ball.radius)
         if radius > self.proved:
             self.proved = min(radius, self.upper)
             self.note(f"no collision within {radius:.6g}: {evidence.value} ({source})")
         if radius >= self.lower and radius > 0.0:
             self.lower, self._evidence = min(radius, self.upper), evidence
+            self._apart = separation
         self.effort.tell(self.lower, self.upper)
 
     def claim(self, answer: Answer, tested: float, source: str) -> None:
@@ -101,6 +104,7 @@ class Findings:
         radius = min(radius, self.upper)
         if radius > self.lower:
             self.lower, self._evidence = radius, Evidence.CLAIMED
+            self._apart = self._separation
             self.note(f"no collision within {radius:.6g}: claimed ({source})")
         else:
             self.note(f"{source}: {answer.message}, bound {answer.bound:.6g}")
@@ -114,7 +118,6 @@ class Findings:
             outcome = Outcome.SOLVED
         else:
             outcome = Outcome.OPEN
-        claimed = self._evidence is Evidence.CLAIMED
         texts = {
             Outcome.EXCLUDED: f"no collision within {self.ball.radius:.6g}",
             Outcome.SOLVED: "the bounds agree within the tolerances",
@@ -127,7 +130,7 @@ class Findings:
             self._evidence,
             outcome,
             self.ball.norm,
-            self._separation if claimed else 0.0,
+            self._apart,
             self.witness,
             self.certified,
             self.integers,

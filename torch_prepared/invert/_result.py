@@ -8,12 +8,12 @@ from enum import Enum
 
 import numpy as np
 
+from torch_prepared.certify import RadiusCertificate, RadiusCheck
 from torch_prepared.certify.exact import to_fractions
 from torch_prepared.core.rows import Floats
-from torch_prepared.edit._certify import Certified
 from torch_prepared.invert._exact import Rationals, norm_above
 
-__all__ = ["CollisionBound", "Evidence", "Outcome", "Pair", "RadiusBound"]
+__all__ = ["Certified", "CollisionBound", "Evidence", "Outcome", "Pair", "RadiusBound"]
 
 
 class Evidence(Enum):
@@ -61,6 +61,14 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
+class Certified:
+    """A certificate with what the checker said of it."""
+
+    certificate: RadiusCertificate
+    check: RadiusCheck
+
+
+@dataclass(frozen=True, eq=False)
 class CollisionBound:
     """Largest distance of two colliding inputs of a ball: ``lower <= p* <= upper``.
 
@@ -91,7 +99,8 @@ class RadiusBound:
         lower: no collision (of at least ``separation``) in the open ball of this radius, on the
             stated ``evidence``.
         proved: the largest such radius that needs no trust in a solver (``CERTIFIED``, or
-            ``INTERVAL``), for pairs at any distance; at most ``lower``.
+            ``INTERVAL``), for pairs at any distance (for matching: whose outputs of the second
+            network differ by the tolerance); at most ``lower``.
         upper: radius of the smallest ball that holds the witness, rounded up; inf without one; 0
             where every ball holds a collision.
         evidence: what ``lower`` rests on.

@@ -20,7 +20,7 @@ from torch_prepared.invert._exact import correct_pair, jacobian
 from torch_prepared.invert._network import PiecewiseNetwork
 from torch_prepared.invert._result import Pair
 
-__all__ = ["best_pair", "find_collisions", "find_preimages", "inside", "one_thread"]
+__all__ = ["best_pair", "collide_near", "find_collisions", "find_preimages", "inside", "one_thread"]
 
 _STEPS = 32
 _STARTS = 256
@@ -129,6 +129,29 @@ def find_collisions(
         y = np.concatenate([y[best], moved[1]])
     order = np.argsort(np.maximum(_lengths(x, ball), _lengths(y, ball)), kind="stable")
     return [(x[i], y[i]) for i in order]
+
+
+@one_thread()
+def collide_near(
+    net: PiecewiseNetwork, x: Floats, y: Floats, ball: Ball, seed: int, *, move_second: bool
+) -> list[tuple[Floats, Floats]]:
+    """Pairs of the ball near ``x`` and ``y`` with nearly equal outputs, smallest reach first.
+
+    Both are moved at random, by less and less, then the first one by Newton steps. Meant for points
+    that nearly collide, but on a kink, where the slopes of one side alone lead nowhere.
+    """
+    rng = np.random.default_rng(seed)
+    size = max(float(np.abs(x - y).max()), 1e-9 * ball.radius)
+    spread = np.repeat(size * np.geomspace(0.3, 1e-5, 16), 16)[:, None]
+    first = x + spread * rng.normal(size=(len(spread), len(x)))
+    second = np.tile(y, (len(spread), 1))
+    if move_second:
+        second = second + spread * rng.normal(size=second.shape)
+    first, second = _collide(net, first, second, ball, 0.1 * size)
+    reach = _lengths(first, ball)
+    if move_second:
+        reach = np.maximum(reach, _lengths(second, ball))
+    return [(first[i], second[i]) for i in np.argsort(reach, kind="stable")]
 
 
 def best_pair(

@@ -27,7 +27,7 @@ from torch_prepared.invert._programs import (
 from torch_prepared.invert._result import Evidence, Pair, RadiusBound
 from torch_prepared.invert._search import best_pair, find_preimages
 from torch_prepared.invert._solve import Effort
-from torch_prepared.invert.proof import can_split, certify_shell
+from torch_prepared.invert.pairs import certify_radius
 from torch_prepared.relax.pool import pool_windows
 from torch_prepared.specs import Box
 
@@ -36,9 +36,6 @@ __all__ = ["nearest_preimage"]
 METHODS = ("auto", "milp", "split")
 _SEARCH_SHARE = 0.15
 _SPLIT_SHARE = 0.5
-_FACTORS = (0.99, 0.9, 0.6, 0.3)  #: shells to try after the whole, as shares of it
-_FACTORS_WITHOUT_SPLITS = (0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.02, 0.01)
-_CLOSE = 1e-4  #: how near to the witness a proof aims, relatively
 _MARGIN = 1e-4  #: programs look so much farther than the witness, relatively
 
 
@@ -59,8 +56,8 @@ def nearest_preimage(
     The pseudo-injectivity radius
     :math:`R^* = \sup\{R : f(x) \ne f(c)\ \forall x \ne c,\ \|x - c\| \le R\}`. A search finds a
     collision (``upper``), made exact in rational arithmetic. ``lower`` comes from the exact linear
-    cell of the center, then from branch and bound over the input with a replayed certificate (few
-    inputs), then from one mixed-integer program: minimize the radius such that the outputs agree
+    cell of the center, then from branch and bound over boxes with a replayed certificate (see
+    ``pairs``), then from one mixed-integer program: minimize the radius such that the outputs agree
     and some ReLU is in another phase.
 
     Args:
@@ -150,9 +147,9 @@ class _Question:
         if self.core:
             self.found.prove(self.core, Evidence.CERTIFIED, "the linear cell of the center")
         self._search()
-        provable = self.core > 0.0 or self.elsewhere
-        if method != "milp" and provable:
-            self._split(_SPLIT_SHARE if method == "auto" else 1.0)
+        if method != "milp":
+            share = self.found.deadline.share(_SPLIT_SHARE if method == "auto" else 1.0)
+            certify_radius(self.found, [self.net], share, anchor=self.goal)
         if method != "split" and not self.found.closed:
             self._solve()
         return self.found.result()
@@ -164,27 +161,6 @@ class _Question:
         points = find_preimages(self.net, target, self.ball, least, self.effort.seed, share)
         pairs = ((x, self.goal) for x in points)
         self.found.offer(best_pair(self.net, pairs, self.ball, share, self.elsewhere), "search")
-
-    def _split(self, part: float) -> None:
-        """Certificates for ever smaller shells until one holds."""
-        witness, limit = self.found.witness, self.found.limit
-        if witness is not None:
-            offset = witness.x - to_fractions(self.ball.center)
-            limit = min(limit, norm_above(offset, math.inf))
-        whole = 1.0 - _CLOSE if witness is not None else 1.0
-        deadline = self.found.deadline.share(part)
-        fewer = _FACTORS if can_split(self.net) else _FACTORS_WITHOUT_SPLITS
-        for factor in (whole, *fewer):
-            radius = min(factor * limit, self.ball.radius)
-            if deadline.over or radius <= self.found.proved:
-                return
-            shell = Ball(self.ball.center, radius, math.inf, self.ball.domain)
-            found = certify_shell(self.net, self.target, shell, self.core, deadline.share(0.6))
-            if found is not None:
-                self.found.certified = found
-                leaves = sum(check.leaves for check in found.check.per_property)
-                self.found.prove(radius, Evidence.CERTIFIED, f"checker, {leaves} boxes")
-                return
 
     def _solve(self) -> None:
         radius = min(self.ball.radius, (1.0 + _MARGIN) * self.found.limit)

@@ -23,12 +23,14 @@ from torch_prepared.invert._search import best_pair, find_collisions, one_thread
 from torch_prepared.invert._solve import Answer, Effort
 from torch_prepared.invert.collision import collide_within
 from torch_prepared.invert.jacobian import largest_injective_radius
+from torch_prepared.invert.pairs import certify_radius
 from torch_prepared.specs import Box
 
 __all__ = ["injectivity_radius", "matching_radius"]
 
 _METHODS = ("oneshot", "bisect")
 _SEARCH_SHARE = 0.15
+_PAIR_SHARE = 0.6  #: of the time left, for the proof by pairs of boxes
 _SEARCHED = 4  #: inputs up to which samples can cover a ball
 _MARGIN = 1e-4
 _STAGE_SHARE = 0.3  #: of the time left, for a ball smaller than the largest of interest
@@ -88,8 +90,10 @@ def injectivity_radius(
         return found.zero(pair, "the network is flat in a direction at the center")
     if net.output_size < net.input_size:
         return found.zero(None, "fewer outputs than inputs: not injective on any ball")
-    _prove_by_slopes(net, ball, found)
     _search(net, found, _NEAR * separation, lambda pair: True)
+    certify_radius(found, [net], found.deadline.share(_PAIR_SHARE))
+    if found.proved == 0.0:
+        _prove_by_slopes(net, ball, found)
     if not found.closed:
         if method == "oneshot":
             _one_shot(net, found, separation)
@@ -151,8 +155,6 @@ def matching_radius(
         return norm_above(there, math.inf)
 
     found = _findings(ball, effort, tolerance, difference)
-    if net.output_size >= net.input_size:
-        _prove_by_slopes(net, ball, found)
 
     def differs(x: Floats, y: Floats) -> bool:
         there = other.values(np.stack([x, y]))
@@ -162,6 +164,12 @@ def matching_radius(
         return difference(pair) >= tolerance
 
     _search(net, found, _NEAR * ball.radius, accept, differs)
+    share = found.deadline.share(_PAIR_SHARE)
+    certify_radius(
+        found, [net, other], share, tolerance=tolerance, accept=accept, promising=differs
+    )
+    if found.proved == 0.0 and net.output_size >= net.input_size:
+        _prove_by_slopes(net, ball, found)
     if not found.closed:
         _match(net, other, found, tolerance, accept)
     return found.result()

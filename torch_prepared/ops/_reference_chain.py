@@ -19,8 +19,14 @@ __all__ = [
     "setup_nothing",
 ]
 
-LEVELS = 254  #: slopes are returned as multiples of its inverse
-PATIENCE = 2  #: steps after which a box must be more than half of the way
+
+class _Search(NamedTuple):
+    """Steps of Adam: how many, size of the first, factor after each, when hope is given up."""
+
+    iterations: int
+    rate: float
+    decay: float
+    patience: int
 
 
 class _Side(NamedTuple):
@@ -75,8 +81,7 @@ def fake_chain_bounds(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     rows: Tensor,
-    known_lower: Tensor | None,
-    known_upper: Tensor | None,
+    *known: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the right shapes without values."""
     count, size, spec = lower.shape[0], lower.shape[1], rows.shape[-2]
@@ -101,16 +106,18 @@ def chain_slopes_reference(
     iterations: int,
     rate: float,
     decay: float,
+    levels: int,
+    patience: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Better slopes (b, h) for one row of each box; values and input rows of all rows at these."""
     work, found = slopes.clone(), []
     for i in range(len(lower) if iterations and slopes.numel() else 0):
         box = lower[i : i + 1], upper[i : i + 1]
-        search = (iterations, rate, decay)
+        search = _Search(iterations, rate, decay, patience)
         start = rows[row[i]].reshape(1, 1, -1)
         found.append(_climb(*box, weights, biases, start, enough[i], work[i : i + 1], search))
     work = torch.cat(found) if found else work
-    work = torch.where(work < 0, work, (work * LEVELS).round() / LEVELS)
+    work = torch.where(work < 0, work, (work * levels).round() / levels)
     start = rows.expand(len(lower), *rows.shape)
     values, inputs, _ = _pull_shared(lower, upper, weights, biases, start, work, True)
     return work, values, inputs
@@ -124,13 +131,13 @@ def _climb(
     row: Tensor,
     enough: Tensor,
     slopes: Tensor,
-    search: tuple[int, float, float],
+    search: _Search,
 ) -> Tensor:
     """The best slopes (1, h) that some steps of Adam meet."""
-    iterations, rate, decay = search
+    rate = search.rate
     first, second = torch.zeros_like(slopes), torch.zeros_like(slopes)
     best, start, found = torch.tensor(-torch.inf), torch.tensor(-torch.inf), slopes
-    for step in range(1, iterations + 2):
+    for step in range(1, search.iterations + 2):
         slopes = _pull_shared(lower, upper, weights, biases, row, slopes, False)[2]
         with torch.enable_grad():
             leaf = slopes.detach().clone().requires_grad_()
@@ -141,14 +148,14 @@ def _climb(
             found, start = slopes, value
         if value > best:
             best, found = value, slopes
-        late = step > PATIENCE and not best - start > enough - best
-        if bool(value.isnan()) or best > enough or step > iterations or late:
+        late = step > search.patience and not best - start > enough - best
+        if bool(value.isnan()) or best > enough or step > search.iterations or late:
             break
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient.square()
         scale = (second / (1 - 0.999**step)).sqrt() + 1e-12
         moved = (slopes + rate * first / (1 - 0.9**step) / scale).clamp(0, 1)
-        slopes, rate = torch.where(slopes < 0, slopes, moved), rate * decay
+        slopes, rate = torch.where(slopes < 0, slopes, moved), rate * search.decay
     return found
 
 
@@ -201,9 +208,7 @@ def fake_chain_slopes(
     row: Tensor,
     enough: Tensor,
     slopes: Tensor,
-    iterations: int,
-    rate: float,
-    decay: float,
+    *search: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of the right shapes without values."""
     count, size, spec = lower.shape[0], lower.shape[1], rows.shape[0]

@@ -89,6 +89,15 @@ def project_streamed(
         [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
     """
     begin = time.perf_counter()
+    _check(x0, b, metric, chunk)
+    deadline = None if time_limit is None else begin + time_limit
+    total = all_reduce or (lambda value: value)
+    stream = _Stream(x0, rows, b.double(), metric, equal, chunk, deadline, progress, total)
+    return stream.project(tolerance, begin)
+
+
+def _check(x0: Tensor, b: Tensor, metric: Tensor | None, chunk: int) -> None:
+    """Refuse misfits; raises as :func:`project_streamed`."""
     check_floating("project_streamed", x0=x0, b=b, metric=metric)
     if x0.dim() != 1 or b.dim() != 1 or (metric is not None and metric.shape != x0.shape):
         raise SolverError(
@@ -99,22 +108,6 @@ def project_streamed(
         raise SolverError("project_streamed: got a metric that is not positive; expected > 0")
     if chunk < 1:
         raise SolverError(f"project_streamed: got chunk {chunk}; expected at least 1")
-    deadline = None if time_limit is None else begin + time_limit
-    total = all_reduce or (lambda value: value)
-    stream = _Stream(x0, rows, b.double(), metric, equal, chunk, deadline, progress, total)
-    sums = stream.first_pass()
-    if sums is None:
-        return stream.failed(None, begin)
-    gram, value, reach = sums
-    if not bool(gram.isfinite().all() & value.isfinite().all() & stream.rhs.isfinite().all()):
-        return stream.failed(None, begin)
-    duals = solve_duals(gram[None], (value - stream.rhs)[None], equal)
-    solved = duals.code == CODES.index(Status.OPTIMAL)
-    if float(stream.agreed(solved)) < 1.0:
-        return stream.failed(None if bool(solved) else duals, begin)
-    noise = torch.finfo(x0.dtype).eps * float((reach / stream.rhs.abs().clamp_min(1.0)).max())
-    multipliers = stream.agreed(duals.multipliers[0])
-    return stream.finish(gram, multipliers, 1e-8 + noise if tolerance is None else tolerance, begin)
 
 
 @dataclass
@@ -130,6 +123,24 @@ class _Stream:
     deadline: float | None
     progress: bool
     total: Sum
+
+    def project(self, tolerance: float | None, begin: float) -> StreamedProjection:
+        """Both passes, and the dual between them."""
+        sums = self.first_pass()
+        if sums is None:
+            return self.failed(None, begin)
+        gram, value, reach = sums
+        if not bool(gram.isfinite().all() & value.isfinite().all() & self.rhs.isfinite().all()):
+            return self.failed(None, begin)
+        duals = solve_duals(gram[None], (value - self.rhs)[None], self.equal)
+        solved = duals.code == CODES.index(Status.OPTIMAL)
+        if float(self.agreed(solved)) < 1.0:
+            return self.failed(None if bool(solved) else duals, begin)
+        noise = torch.finfo(self.x0.dtype).eps * float(
+            (reach / self.rhs.abs().clamp_min(1.0)).max()
+        )
+        allowed = 1e-8 + noise if tolerance is None else tolerance
+        return self.finish(gram, self.agreed(duals.multipliers[0]), allowed, begin)
 
     def blocks(self, label: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Slices of columns, their rows as float64, and the rows times M^{-1}.

@@ -28,6 +28,7 @@ __all__ = ["HighsMethod", "HighsSolver"]
 
 _LARGEST_INDEX = 2**31 - 1
 _TINY_ENTRIES = 2_000  #: below this many coefficients simplex is faster than interior point
+_WORKERS_END = 0.5  #: seconds in which HiGHS's workers end; a process that exits before aborts
 
 
 class HighsMethod(StrEnum):
@@ -235,6 +236,7 @@ def _branch_and_bound(
     except BaseException:
         highs.cancelSolve()  # type: ignore[no-untyped-call]  # its stub lacks the return type
         thread.join()
+        time.sleep(_WORKERS_END)
         raise
 
 

@@ -39,6 +39,8 @@ _FARTHEST = 1e4  #: a step this many times longer than the way to one half-space
 _LENGTH_NOISE = 2e-8  #: rounding of |J^T ray| relative to the sum of ray_i |J_i|
 _PROXIMITY = 1e-8  #: eps relative to a unit diagonal
 _STEP_LIMIT = 50
+_FEW = 64  #: rows, beyond which a solution is looked for on some of them first
+_CHUNK = 1 << 14  #: columns converted to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +74,16 @@ def gram_matrix(
         jacobian: (m, p), or a batch (b, m, p); any floating dtype and device.
         inverse_metric: maps it to ``J M^{-1}`` row by row; the identity when None.
     """
-    rows = jacobian.detach().to(torch.float64)
-    other = rows if inverse_metric is None else inverse_metric(rows)
-    gram = rows @ other.to(torch.float64).mT
+    rows = jacobian.detach()
+    if inverse_metric is None:  # converted in parts that stay in the cache
+        parts = (part.to(torch.float64) for part in rows.split(_CHUNK, dim=-1))
+        gram = sum(
+            (part @ part.mT for part in parts),
+            rows.new_zeros((*rows.shape[:-1], rows.shape[-2]), dtype=torch.float64),
+        )
+    else:
+        rows = rows.to(torch.float64)
+        gram = rows @ inverse_metric(rows).to(torch.float64).mT
     return 0.5 * (gram + gram.mT)
 
 
@@ -105,12 +114,14 @@ def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
         inf, which = float("inf"), stuck.astype(np.float64)
         return DualProjection(np.zeros(m), Status.INFEASIBLE, inf, which, inf)
     live = np.flatnonzero(~zero)
+    matrix = matrix if len(live) == m else matrix[np.ix_(live, live)]
     scale = 1.0 / norms[live]
     target = rhs[live] * scale
     size = float(target.max(initial=0.0))
     if size <= 0.0:
         return DualProjection(np.zeros(m), Status.OPTIMAL, 0.0, None, 0.0)
-    unit = matrix[np.ix_(live, live)] * scale[:, None] * scale
+    unit = matrix * scale[:, None]
+    unit *= scale
     solution, status, residual, direction = _solve_unit(unit, target / size)
     multipliers = np.zeros(m)
     ray: Floats | None = None
@@ -118,7 +129,7 @@ def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
     if status is Status.INFEASIBLE and direction is not None:
         ray = np.zeros(m)
         ray[live] = direction * scale
-    squared = float(multipliers @ (matrix @ multipliers))
+    squared = float(multipliers[live] @ (matrix @ multipliers[live]))
     distance = float("inf") if ray is not None else float(np.sqrt(max(squared, 0.0)))
     return DualProjection(multipliers, status, residual, ray, distance)
 
@@ -127,14 +138,19 @@ def _checked(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> tuple[Floats, F
     matrix, rhs = _to_numpy(gram), _to_numpy(q)
     if rhs.ndim != 1 or matrix.shape != (len(rhs), len(rhs)):
         raise SolverError(f"project: got gram {matrix.shape}, q {rhs.shape}; expected (m, m), (m,)")
-    if not (bool(np.isfinite(matrix).all()) and bool(np.isfinite(rhs).all())):
+    squares = np.diagonal(matrix)
+    with np.errstate(invalid="ignore"):
+        skew = matrix - matrix.T  # NaN where an entry, or both of a pair, are not finite
+    off = max(float(skew.max(initial=0.0)), -float(skew.min(initial=0.0)))
+    if not (np.isfinite(off) and np.isfinite(squares).all() and np.isfinite(rhs).all()):
         raise SolverError("project: got NaN or infinite entries; expected finite rows and bounds")
-    largest = float(np.abs(matrix).max(initial=0.0))
-    if float(np.abs(matrix - matrix.T).max(initial=0.0)) > 1e-6 * largest:
-        raise SolverError("project: got an asymmetric Gram matrix; expected J M^-1 J^T")
-    if bool((np.diagonal(matrix) < 0.0).any()):
+    if bool((squares < 0.0).any()):
         raise SolverError("project: got a negative diagonal; expected a positive metric")
-    return 0.5 * (matrix + matrix.T), rhs
+    if off > 1e-6 * float(squares.max(initial=0.0)):  # the largest entry, for semidefinite ones
+        raise SolverError("project: got an asymmetric Gram matrix; expected J M^-1 J^T")
+    skew *= -0.5
+    skew += matrix
+    return skew, rhs
 
 
 def _to_numpy(value: ArrayLike | Tensor) -> Floats:
@@ -144,13 +160,20 @@ def _to_numpy(value: ArrayLike | Tensor) -> Floats:
 
 
 def _solve_unit(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats | None]:
-    """Solve with unit diagonal and ``max(q) == 1``: multipliers, status, residual, ray.
+    """Solve with unit diagonal and ``max(q) == 1``: multipliers, status, residual, ray."""
+    few = _solve_few(gram, q) if len(q) > _FEW else None
+    return _solve_all(gram, q, np.zeros_like(q), q > 0) if few is None else few
+
+
+def _solve_all(
+    gram: Floats, q: Floats, start: Floats, active: NDArray[np.bool_]
+) -> tuple[Floats, Status, float, Floats | None]:
+    """As :func:`_solve_unit`, from a guess of the solution and of its active rows.
 
     Pivoting from the violated rows settles most problems in a few factorizations. Where it cycles
     (many nearly dependent rows) an interior-point run supplies a start that needs few pivots.
     """
-    start = np.zeros_like(q)
-    first = _refine(gram, q, start, q > 0)
+    first = _refine(gram, q, start, active)
     if first[1] is not Status.UNKNOWN:
         return first
     slow = interior_point(
@@ -159,9 +182,43 @@ def _solve_unit(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats 
         lambda point: torch.tensor([_is_ray(gram, q, point[0].numpy())]),
     )[0].numpy()
     if _is_ray(gram, q, slow):
-        return start, Status.INFEASIBLE, 1.0, slow / slow.max()
+        return np.zeros_like(q), Status.INFEASIBLE, 1.0, slow / slow.max()
     second = _refine(gram, q, slow, slow > gram @ slow - q)
     return second if second[2] <= first[2] else first
+
+
+def _solve_few(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats | None] | None:
+    """As :func:`_solve_unit`, by the rows that prove to matter; None where these get too many.
+
+    A solution usually leans on few of many rows, of which pivoting would start with half. Each
+    round solves for the chosen rows, from the last solution, and adds those it violates most;
+    the dual's value rises, so no set comes twice. A ray of some rows is one of all.
+    """
+    chosen = np.zeros(len(q), dtype=bool)
+    point, slack = np.zeros_like(q), -q
+    while True:
+        lacking = np.flatnonzero((slack < -_RESIDUAL_TOLERANCE) & ~chosen)
+        if not len(lacking):
+            break
+        most = lacking[np.argsort(slack[lacking], kind="stable")[: max(_FEW // 2, chosen.sum())]]
+        chosen[most] = True
+        index = np.flatnonzero(chosen)
+        if 2 * len(index) > len(q):
+            return None
+        active = (point[index] > 0) | (slack[index] < 0)
+        small = gram[np.ix_(index, index)]
+        part, status, residual, ray = _solve_all(small, q[index], point[index], active)
+        if status is Status.UNKNOWN:
+            return None
+        if ray is not None:
+            whole = np.zeros_like(q)
+            whole[index] = ray
+            return np.zeros_like(q), status, residual, whole
+        point = np.zeros_like(q)
+        point[index] = part
+        slack = part @ gram[index] - q
+    residual = kkt_residual(gram, q, point)
+    return (point, Status.OPTIMAL, residual, None) if residual <= _RESIDUAL_TOLERANCE else None
 
 
 def _refine(

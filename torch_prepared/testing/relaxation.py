@@ -17,8 +17,7 @@ Example::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -29,45 +28,18 @@ from torch import Tensor
 
 from torch_prepared.core.graph import Node
 from torch_prepared.core.interval import Interval
-from torch_prepared.relax import ElementwiseOperator, Operator, PulledBack, lookup
+from torch_prepared.relax import ElementwiseOperator
+from torch_prepared.testing._operator_case import BATCH, ULPS, OperatorCase
 from torch_prepared.testing.strategies import BoxKind, boxes, dyadic, points_in, random_box
 
 __all__ = ["ULPS", "ElementwiseSuite", "OperatorCase", "OperatorSuite", "check_lines"]
 
-ULPS = 16
-BATCH = 2
 _SETTINGS = settings(
     max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 _FAR = (0.0, 1e-12, 1e-3, 0.3, 1.0, 2.7, 9.0, 35.0, 41.0, 1e3, 1e6, 1e12)
-
-
-@dataclass(frozen=True)
-class OperatorCase:
-    """One node to test.
-
-    Args:
-        name: of the case.
-        node: its input names are not used.
-        shapes: of the inputs, without the batch axis.
-        parameters: float64, best multiples of 1/8 so that arithmetic on them is exact.
-        reference: NumPy inputs (b, *shape_i) to the value (b, *shape), by independent code.
-        exact: sums and products on dyadic data do not round.
-    """
-
-    name: str
-    node: Node
-    shapes: tuple[tuple[int, ...], ...]
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    reference: Callable[..., np.ndarray] | None = None
-    exact: bool = True
-
-    @property
-    def operator(self) -> Operator:
-        """The registered operator."""
-        return lookup(self.node.op)
 
 
 class OperatorSuite(ABC):
@@ -102,32 +74,32 @@ class OperatorSuite(ABC):
     @_SETTINGS
     def test_interval_encloses_every_point(self, case: OperatorCase, data: st.DataObject) -> None:
         """``lower <= f(x) <= upper``, zero slack where nothing rounds; points give points."""
-        box, kind, generator = _draw(case, data)
+        box, kind, generator = case.draw(data)
         image = case.operator.interval(case.node, box, case.parameters)
-        exact = _is_exact(case, kind)
-        y = _values(case, [points_in(one, generator, 16, () if exact else (0.0,)) for one in box])
-        slack = 0.0 if exact else _slack(case, box)
+        exact = case.is_exact(kind)
+        y = case.values([points_in(one, generator, 16, () if exact else (0.0,)) for one in box])
+        slack = 0.0 if exact else case.slack(box)
         assert bool((image.lower - slack <= y).all())
         assert bool((y <= image.upper + slack).all())
         if kind is BoxKind.POINT:
-            assert bool((image.width <= _slack(case, box)).all())
+            assert bool((image.width <= case.slack(box)).all())
 
     @given(data=st.data())
     @_SETTINGS
     def test_pull_back_is_a_lower_bound(self, case: OperatorCase, data: st.DataObject) -> None:
         """``rows . f(x) >= sum_i inputs_i . x_i + bias``, with equality for affine operators."""
-        box, kind, generator = _draw(case, data)
+        box, kind, generator = case.draw(data)
         rows = dyadic((BATCH, 3, *case.node.shape), generator, largest=8)
         moved = case.operator.pull_back(case.node, rows, box, case.parameters)
         for part, shape in zip(moved.inputs, case.shapes, strict=True):
             assert part.shape == (BATCH, 3, *shape)
         affine = case.operator.traits.affine
-        exact = affine and _is_exact(case, kind)
+        exact = affine and case.is_exact(kind)
         points = [points_in(one, generator, 6, () if exact else (0.0,)) for one in box]
-        attacked = _attack(case, rows, moved, box, points)
+        attacked = case.attack(rows, moved, box, points)
         points = [torch.cat(pair) for pair in zip(points, attacked, strict=True)]
-        slack = 0.0 if exact else _slack(case, box, rows, moved)
-        gap = _gap(case, rows, moved, points)
+        slack = 0.0 if exact else case.slack(box, rows, moved)
+        gap = case.gap(rows, moved, points)
         assert bool((gap >= -slack).all())
         assert not affine or bool((gap <= slack).all())
 
@@ -327,77 +299,6 @@ def check_lines(
     slack = ULPS * torch.finfo(x.dtype).eps * sizes + torch.finfo(x.dtype).tiny
     gap = f - (slope * wide + offset)
     assert bool(((gap if below else -gap) >= -slack).all())
-
-
-def _draw(
-    case: OperatorCase, data: st.DataObject
-) -> tuple[list[Interval], BoxKind, torch.Generator]:
-    kind = data.draw(st.sampled_from(list(BoxKind)))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    return [random_box(kind, (BATCH, *shape), generator) for shape in case.shapes], kind, generator
-
-
-def _is_exact(case: OperatorCase, kind: BoxKind) -> bool:
-    """Whether nothing rounds: exact operators on dyadic data, or ends moved by a monotone one."""
-    monotone = case.operator.traits.monotone and case.operator.traits.piecewise_linear
-    return (case.exact and kind is BoxKind.DYADIC) or monotone
-
-
-def _slack(
-    case: OperatorCase,
-    box: Sequence[Interval],
-    rows: Tensor | None = None,
-    moved: PulledBack | None = None,
-) -> Tensor | float:
-    """Rounding of sums: ``ULPS`` units of the last place of the sum of all magnitudes."""
-    reach = [torch.maximum(one.lower.abs(), one.upper.abs()) for one in box]
-    magnitudes = {name: value.abs() for name, value in case.parameters.items()}
-    largest = case.operator.value(case.node, reach, magnitudes).abs()
-    unit = ULPS * 2.0**-52
-    if rows is None or moved is None:
-        return unit * (largest.max() + max(float(r.max()) for r in reach))
-    total = (rows.abs() * largest.unsqueeze(1)).flatten(2).sum(-1)
-    for part, one in zip(moved.inputs, reach, strict=True):
-        total = total + (part.abs() * one.unsqueeze(1)).flatten(2).sum(-1)
-    return unit * (total + (0.0 if moved.bias is None else moved.bias.abs()))
-
-
-def _values(case: OperatorCase, x: Sequence[Tensor]) -> Tensor:
-    """Values (q, b, *shape) at points (q, b, *shape_i)."""
-    y = case.operator.value(case.node, [one.flatten(0, 1) for one in x], case.parameters)
-    return y.reshape(*x[0].shape[:2], *y.shape[1:])
-
-
-def _gap(case: OperatorCase, rows: Tensor, moved: PulledBack, x: Sequence[Tensor]) -> Tensor:
-    """``rows . f(x) - sum_i inputs_i . x_i - bias`` at points (q, b, *shape_i), (q, b, s)."""
-    gap = (rows * _values(case, x).unsqueeze(2)).flatten(3).sum(-1)
-    for part, one in zip(moved.inputs, x, strict=True):
-        gap = gap - (part * one.unsqueeze(2)).flatten(3).sum(-1)
-    return gap if moved.bias is None else gap - moved.bias
-
-
-def _attack(
-    case: OperatorCase,
-    rows: Tensor,
-    moved: PulledBack,
-    box: Sequence[Interval],
-    start: Sequence[Tensor],
-) -> list[Tensor]:
-    """Points of the box that signed gradient steps on the gap lead to."""
-    x = [one.clone() for one in start]
-    for step in range(5):
-        for one in x:
-            one.requires_grad_(True)
-        gap = _gap(case, rows, moved, x).sum()
-        gradients = torch.autograd.grad(gap, x, allow_unused=True)
-        with torch.no_grad():
-            x = [
-                (one if g is None else one - 0.5 ** (step + 1) * b.width * g.sign())
-                .clamp(b.lower, b.upper)
-                .detach()
-                for one, g, b in zip(x, gradients, box, strict=True)
-            ]
-    return x
 
 
 def _elementwise(case: OperatorCase) -> ElementwiseOperator:

@@ -4,7 +4,7 @@
 // that minimizes the rows, moved forward through the lines that each row selected.
 #pragma once
 
-#include "row_lanes.h"
+#include "row_pass.h"
 
 namespace torch_prepared {
 
