@@ -256,6 +256,14 @@ def test_auto_tries_all_layers_when_nothing_else_is_certified(
     assert len(tried) > 1
 
 
+def test_the_safety_net_of_auto_is_one_edit() -> None:
+    model = network()
+    result = tp.edit_network(model, violated(model, CENTER), time_limit=30)
+    methods = [attempt.method for attempt in result.report.attempts]
+    assert methods.count("one_shot") == 1
+    assert len(methods) > 1
+
+
 def test_a_large_network_moves_its_last_layers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = tp.capture_module(network(), torch.zeros(1, 3))
     every = ParameterVector.of(graph)

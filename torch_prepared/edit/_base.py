@@ -28,7 +28,7 @@ from torch_prepared.specs import Property
 
 CROWN_BUDGET = 2e11  #: operations of backward passes worth spending on one network
 
-__all__ = ["Candidate", "Candidates", "EditOptions", "EditProblem", "Editor", "Norm"]
+__all__ = ["Candidate", "Candidates", "EditOptions", "EditProblem", "Editor", "Norm", "following"]
 
 
 class Norm(enum.Enum):
@@ -171,6 +171,14 @@ class Candidate:
 
 Candidates = Generator[Candidate, bool | None, None]
 """Edits out; whether the last one was certified, in."""
+
+
+def following(stream: Candidates, held: bool | None) -> Candidate | None:
+    """The next candidate, its editor being told whether the last one held; None after the last."""
+    try:
+        return stream.send(held)
+    except StopIteration:
+        return None
 
 
 class Editor(ABC):

@@ -20,7 +20,14 @@ from torch_prepared.certify import ProofTree, Verdict
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork
-from torch_prepared.edit._base import Candidate, Candidates, EditOptions, Editor, EditProblem
+from torch_prepared.edit._base import (
+    Candidate,
+    Candidates,
+    EditOptions,
+    Editor,
+    EditProblem,
+    following,
+)
 from torch_prepared.edit._behavior import Drawdown, Reference
 from torch_prepared.edit._certify import Certified, certify_network, prove
 from torch_prepared.edit._conflict import find_conflicts
@@ -44,10 +51,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_GRACE = 0.2  #: share of the time limit that the checker may take beyond it
 GLANCE_SHARE, GLANCE_MOST = 0.04, 2.0  #: of the time limit, for each attack of the report
-HOLDOUT_SHARE, HOLDOUT_MOST = (
-    0.08,
-    30.0,
-)  #: likewise, before and after, for proofs of those held out
+HOLDOUT_SHARE, HOLDOUT_MOST = 0.08, 30.0  #: likewise, for proofs of those held out
 KEEP_SHARE = 0.25  #: of the time left, for proving before the edit what shall be kept
 ROUND_SHARE = 0.75  #: of the time left, for an editor whose edits may lose kept properties
 CHECKED_PER_SECOND = 900  #: leaves that the checker replays, for planning
@@ -212,12 +216,11 @@ class Run:
 
     def _round(self, active: list[int]) -> set[int]:
         """One run of the editor; positions of the kept properties that its edits lose."""
-        task, lost, losses = self.task, set[int](), 0
+        task, lost, losses, held = self.task, set[int](), 0, None
         loose = len(active) < len(task.every)
         stream = task.editor().candidates(self._problem(active), self._editing(loose))
         bar = tqdm(disable=not task.progress, unit="edit", desc=task.method, leave=False)
         try:
-            held: bool | None = None
             while (candidate := self._next(stream, held)) is not None:
                 lost = self._certify(candidate, active, candidate.editor or task.method)
                 held = self.attempts[-1].certified
@@ -243,12 +246,8 @@ class Run:
         return Deadline(None if self.work.seconds is None else ROUND_SHARE * usable)
 
     def _next(self, stream: Candidates, held: bool | None) -> Candidate | None:
-        """The next candidate, the editor being told whether the last one held."""
         with self._timed("edit"):
-            try:
-                return stream.send(held)
-            except StopIteration:
-                return None
+            return following(stream, held)
 
     def _certify(self, candidate: Candidate, active: Sequence[int], method: str) -> set[int]:
         """Have a candidate checked; keep it when it is certified and the best so far.

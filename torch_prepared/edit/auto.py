@@ -6,7 +6,7 @@ import dataclasses
 import logging
 
 from torch_prepared.core.deadline import Deadline
-from torch_prepared.edit._base import Candidates, Editor, EditProblem, Norm
+from torch_prepared.edit._base import Candidates, Editor, EditProblem, Norm, following
 from torch_prepared.edit._certify import LOW_DIMENSION
 from torch_prepared.edit.one_shot import OneShotEditor
 from torch_prepared.edit.refine import RefineEditor
@@ -39,13 +39,15 @@ class AutoEditor(Editor):
             last_resort = isinstance(editor, OneShotEditor) and not editor.first_only
             if last_resort and held:
                 return
-            part, improved = deadline.share(share), False
+            stream, improved = editor.candidates(problem, deadline.share(share)), False
             try:
-                for candidate in editor.candidates(problem, part):
+                candidate = next(stream, None)
+                while candidate is not None:
                     found = True
                     note = f"{editor.name}: {candidate.note}"
                     answer = yield dataclasses.replace(candidate, note=note, editor=editor.name)
                     improved |= bool(answer)
+                    candidate = following(stream, answer)
             except (InfeasibleEditError, SolverError, MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
                     raise
