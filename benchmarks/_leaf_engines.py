@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from torch_prepared.bounds import AlphaOptions, PropertyBatch
-from torch_prepared.bounds._leaf import SlopedEngine
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds.alpha_crown import bound_rows_alpha
-from torch_prepared.bounds.branch import LeafBounds, LeafEngine
+from torch_prepared.bounds.branch import LeafBounds, LeafEngine, SlopedEngine
 from torch_prepared.bounds.chain import Chain
 from torch_prepared.bounds.engine import chain_engine, general_engine, leaf_engine
 from torch_prepared.core.interval import Interval

@@ -43,8 +43,7 @@ from benchmarks._leaf_engines import (
 )
 from torch_prepared import ops
 from torch_prepared.bounds import PropertyBatch
-from torch_prepared.bounds._leaf import SlopedEngine
-from torch_prepared.bounds.branch import SplitTree
+from torch_prepared.bounds.branch import SlopedEngine, SplitTree
 from torch_prepared.bounds.chain import Chain
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_prepared import ops
-from torch_prepared.bounds._leaf import LeafBounds, LeafEngine, SlopedEngine
+from torch_prepared.bounds._leaf import LeafBounds, LeafEngine
 from torch_prepared.bounds._properties import PropertyBatch
+from torch_prepared.bounds.shared_slopes import SlopedEngine
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.interval import Interval
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from torch_prepared import ops
-from torch_prepared.bounds._leaf import LeafBounds, LeafEngine, SlopedEngine
+from torch_prepared.bounds._leaf import LeafBounds, LeafEngine
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds.chain import Chain
 from torch_prepared.bounds.crown import DEFAULT_MEMORY, bound_nodes, bound_rows
-from torch_prepared.bounds.shared_slopes import SharedSlopes
+from torch_prepared.bounds.shared_slopes import SharedSlopes, SlopedEngine
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rounding import outward

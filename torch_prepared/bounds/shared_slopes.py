@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch_prepared import ops
-from torch_prepared.bounds._leaf import LeafBounds
+from torch_prepared.bounds._leaf import LeafBounds, LeafEngine
 from torch_prepared.bounds._program import Bounder, Lowered, programs_apply
 from torch_prepared.bounds._properties import PropertyBatch
 from torch_prepared.bounds._slopes import ancestors
@@ -31,7 +32,7 @@ from torch_prepared.core.rounding import outward
 from torch_prepared.relax import lookup
 from torch_prepared.relax.relu import TwoPiece
 
-__all__ = ["SharedSlopes"]
+__all__ = ["SharedSlopes", "SlopedEngine"]
 
 Boxes = dict[str, Interval]
 DEFAULT = AlphaOptions(iterations=8, learning_rate=0.3, decay=0.9)
@@ -261,3 +262,20 @@ def _lines(node: Node, ends: Interval, slopes: Tensor) -> Tensor:
     operator = _two_piece(node)
     usual = operator.alpha_start(node, ends)
     return torch.stack([*operator.lines(node, ends, torch.where(slopes < 0, usual, slopes))])
+
+
+@dataclass(frozen=True)
+class SlopedEngine:
+    """A quick engine, and a slower one for boxes that have slopes of their own.
+
+    Args:
+        plain: with the usual slopes.
+        slopes: with given ones, which it also optimizes.
+    """
+
+    plain: LeafEngine
+    slopes: SharedSlopes
+
+    def __call__(self, box: Interval, /) -> LeafBounds:
+        """Bounds with the usual slopes."""
+        return self.plain(box)

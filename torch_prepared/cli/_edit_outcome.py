@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch_prepared.cli._outcome import ExitCode, Outcome
 
 if TYPE_CHECKING:
+    from torch_prepared.cli._edit_config import EditConfig
     from torch_prepared.cli.check import Replay
-    from torch_prepared.cli.edit import EditConfig
     from torch_prepared.edit import EditReport
     from torch_prepared.edit.verify import CrossCheck
 

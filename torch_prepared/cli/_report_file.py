@@ -17,7 +17,7 @@ from torch_prepared.cli._outcome import to_plain
 from torch_prepared.errors import CertificateError, ReportError
 
 if TYPE_CHECKING:
-    from torch_prepared.cli.edit import EditConfig
+    from torch_prepared.cli._edit_config import EditConfig
 
 __all__ = ["Fields", "FileStamp", "load_record", "write_record"]
 

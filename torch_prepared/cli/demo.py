@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from torch_prepared.cli._edit_config import EditConfig
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
-from torch_prepared.cli.edit import EditConfig, run_edit
+from torch_prepared.cli.edit import run_edit
 
 if TYPE_CHECKING:
     from torch_prepared.cli._demo_network import Digits

@@ -6,12 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from torch_prepared.cli._edit_config import EditConfig
 from torch_prepared.cli._edit_outcome import edit_outcome
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
@@ -29,40 +30,12 @@ if TYPE_CHECKING:
     from torch_prepared.edit.verify import CrossCheck
     from torch_prepared.specs import Property
 
-__all__ = ["EditConfig", "command", "run_edit"]
+__all__ = ["command", "run_edit"]
 
 logger = logging.getLogger(__name__)
 
 _MODEL_SUFFIXES = (".onnx", ".onnx.gz")
 _AFTER_SHARE, _AFTER_MOST = 0.2, 10.0
-
-
-@dataclass(frozen=True)
-class EditConfig:
-    """What ``edit`` is asked to do; see the command's options."""
-
-    model: Path
-    properties: tuple[Path, ...]
-    output: Path
-    certificate: Path
-    method: str | None = None
-    preserve: Path | None = None
-    domain: tuple[float, float] | None = None
-    norm: str | None = None
-    time_limit: float | None = None
-    margin: float | None = None
-    layers: tuple[str, ...] | None = None
-    keep: tuple[Path, ...] = ()
-    holdout: tuple[Path, ...] = ()
-    report: Path | None = None
-    checkpoint: Path | None = None
-    settings: Settings = field(default_factory=Settings)
-
-    @property
-    def sources(self) -> list[Path]:
-        """Every file that is read."""
-        files = [self.model, *self.properties, *self.keep, *self.holdout]
-        return files if self.preserve is None else [*files, self.preserve]
 
 
 @dataclass(frozen=True)
