@@ -17,7 +17,7 @@ __all__ = ["AutoEditor"]
 
 logger = logging.getLogger(__name__)
 
-FALLBACK_SHARE = 0.15
+FALLBACK_SHARE = 0.6  #: of the time, at most, for the first certified edit
 
 
 class AutoEditor(Editor):
