@@ -103,6 +103,11 @@ class EditProblem:
         return PropertyBatch.of(self.properties)
 
     @cached_property
+    def to_keep(self) -> Reference:
+        """The reference inputs that the properties allow to stay as they are."""
+        return self.reference.that_may_stay(self.properties)
+
+    @cached_property
     def tightens(self) -> bool:
         """Whether backward passes for every value are affordable, judged by their arithmetic."""
         return crown_flops(self.exact) * len(self.properties) < CROWN_BUDGET

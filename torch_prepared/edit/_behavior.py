@@ -70,11 +70,7 @@ class Reference:
         seed: int,
         samples: int = 2500,
     ) -> Reference:
-        """The user's inputs, else samples of the stated domain, else samples of the regions.
-
-        Inputs of a region whose outputs its property forbids cannot stay and are left out, unless
-        nothing else remains.
-        """
+        """The user's inputs, else samples of the stated domain, else samples of the regions."""
         generator = torch.Generator().manual_seed(seed)
         source = "preserve"
         if inputs is None and domain is not None:
@@ -98,15 +94,21 @@ class Reference:
             raise SpecError(
                 f"reference labels: got {len(labels)} for {len(inputs)} inputs; expected one each"
             )
-        outputs = evaluate_on(graph, inputs)
-        free = torch.ones(len(inputs), dtype=torch.bool)
+        return cls(inputs, evaluate_on(graph, inputs), labels, source)
+
+    def that_may_stay(self, properties: Sequence[Property]) -> Reference:
+        """Without the inputs of a region whose outputs its property forbids: these have to change.
+
+        Everything where nothing else would remain.
+        """
+        free = torch.ones(len(self.inputs), dtype=torch.bool)
         for prop in properties:
-            inside = prop.region.contains(inputs, rounding=True)
-            free &= ~inside | prop.safe.contains(outputs)
-        if bool(free.any()):
-            inputs, outputs = inputs[free], outputs[free]
-            labels = None if labels is None else labels[free]
-        return cls(inputs, outputs, labels, source)
+            inside = prop.region.contains(self.inputs, rounding=True)
+            free &= ~inside | prop.safe.contains(self.outputs)
+        if bool(free.all()) or not bool(free.any()):
+            return self
+        labels = None if self.labels is None else self.labels[free]
+        return Reference(self.inputs[free], self.outputs[free], labels, self.source)
 
     @cached_property
     def spread(self) -> float:

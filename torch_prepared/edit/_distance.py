@@ -274,7 +274,7 @@ def choose_distance(problem: EditProblem, vector: ParameterVector, damping: floa
     norm = problem.options.norm
     if norm in (Norm.L1, Norm.LINF, Norm.L1_PLUS_LINF):
         return AtomicDistance(norm)
-    return quadratic_distance(problem, vector, problem.reference, damping)
+    return quadratic_distance(problem, vector, problem.to_keep, damping)
 
 
 def quadratic_distance(

@@ -105,7 +105,7 @@ class _Refinement:
         vector = ParameterVector.chosen(problem.exact, problem.options.layers)
         origin = vector.flatten(problem.exact.parameters).detach().clone()
         generator = torch.Generator().manual_seed(problem.options.seed)
-        rows, kept, sizes = [], [problem.reference.inputs.double()], []
+        rows, kept, sizes = [], [problem.to_keep.inputs.double()], []
         for i, prop in enumerate(problem.properties):
             rows.append(
                 PropertyRows(problem.exact, problem.graph, problem.batch[i : i + 1], vector)
