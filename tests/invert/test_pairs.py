@@ -11,7 +11,7 @@ import torch
 from tests.helpers import Net
 from torch_prepared.certify import RadiusCertificate, RadiusClaim, check_radius
 from torch_prepared.certify.pairs import BoxTree, PairTests, Step, distance_below
-from torch_prepared.certify.secants import SecantNetwork
+from torch_prepared.certify.secants import BoxFacts, SecantNetwork
 from torch_prepared.errors import CertificateError, UnsupportedOperationError
 from torch_prepared.invert import (
     Effort,
@@ -76,6 +76,21 @@ class TestSecants:
         assert low[0, 0] <= 1 / 4
         assert high[0, 0] == pytest.approx(2 / 4)
         assert high[0, 0] >= 2 / 4
+
+    def test_units_that_read_nothing_but_zero_have_every_secant(self):
+        """From a point to itself all differences are 0, and any slope tells the truth."""
+        net = chain(([[1.0], [-1.0]], [0.0, 0.0]), ([[1.0, -1.0]], None))
+        secant = SecantNetwork(record(net), np.eye(1))
+        zeros = (np.zeros((1, 2)), np.zeros((1, 2)))
+        facts = BoxFacts(zeros, (np.zeros((1, 1)), np.zeros((1, 1))))
+        low, high = secant.secants(facts, facts)
+        assert bool((low <= high).all())
+        slopes = secant.slopes((low, high))
+        assert bool((slopes.radius >= 0).all())
+        unknown = replace(facts, before=(np.full((1, 2), np.nan), zeros[1]))
+        low, high = secant.secants(unknown, facts)
+        assert bool(np.isnan(low).all())
+        assert not secant.one_sign((low, high), np.ones((1, 1, 1)))[0]
 
     @pytest.mark.parametrize(
         ("slope", "want"), [(0.5, True), (9.0, True), (-0.5, True), (-2.0, False)]
@@ -276,6 +291,17 @@ class TestCertificates:
             replace(good, lower=np.array([-math.inf, 0.0]))
         with pytest.raises(CertificateError):
             replace(good, steps=np.array([9], dtype=np.int32))
+
+    def test_arrays_of_other_sizes_are_refused(self, answer):
+        good = certificate_of(answer)
+        three = np.append(good.claim.center, 0.0)
+        claim = RadiusClaim(three, good.claim.radius, 2.0, three - 9.0, three + 9.0)
+        wide = replace(good, claim=claim, lower=three - 9.0, upper=three + 9.0)
+        flat = replace(good, directions=np.ones((1, 5)))
+        for wrong, match in ((wide, "3 inputs"), (flat, "5 outputs")):
+            read = RadiusCertificate.from_json(wrong.to_json())  # with a fitting digest
+            with pytest.raises(CertificateError, match=match):
+                check_radius(read, [record(fold(0.5))])
 
     def test_altered_files_are_refused(self, answer, tmp_path):
         data = certificate_of(answer).to_json()

@@ -294,6 +294,7 @@ def check_radius(
     if not reason:
         tree = BoxTree(certificate.lower, certificate.upper, claim.anchor)
         tests = PairTests(tree, networks, certificate.directions, claim.tolerance)
+        _fit(certificate, tests)
         done, reason = _replay(certificate, tree, tests, deadline)
     status = Verdict.UNKNOWN if reason else Verdict.CERTIFIED
     return RadiusCheck(status, claim, done, time.monotonic() - start, reason)
@@ -314,6 +315,21 @@ def _match(certificate: RadiusCertificate, networks: Sequence[NetworkRecord]) ->
                 f"certificate: made for weights {stored[:12]}...; this network has "
                 f"{actual[:12]}...; certify this network instead"
             )
+
+
+def _fit(certificate: RadiusCertificate, tests: PairTests) -> None:
+    """Refuse arrays whose sizes are not those of the networks."""
+    first, n = tests.first.network, len(certificate.claim.center)
+    sizes = [first.input_size]
+    if tests.second is not None:
+        sizes.append(tests.second.network.input_size)
+    if set(sizes) != {n}:
+        raise CertificateError(f"certificate: {n} inputs; the network has {sizes[-1]}")
+    if certificate.directions.shape[1] != first.output_size:
+        raise CertificateError(
+            f"certificate: directions of {certificate.directions.shape[1]} outputs; the network "
+            f"has {first.output_size}"
+        )
 
 
 def _uncovered(certificate: RadiusCertificate) -> str:

@@ -151,6 +151,7 @@ class SecantNetwork:
         with np.errstate(all="ignore"):
             low = _share(x.before[0], y.before[0], settled_first=True)
             high = _share(x.before[1], y.before[1], settled_first=False)
+            low = np.minimum(low, high)  # where all that is read is 0, any secant is one
         return self._slope(low, -1.0), self._slope(high, 1.0)
 
     def _slope(self, share: FloatArray, side: float) -> FloatArray:
