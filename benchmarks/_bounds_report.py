@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import _figure
+
 __all__ = ["Pair", "pairs", "plot", "table", "times"]
 
 Row = dict[str, object]
@@ -107,15 +109,10 @@ def table(source: Path) -> str:
 
 def plot(source: Path, figure: Path) -> None:
     """Draw the ratios of time, and seconds per region, from the JSON alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     record = json.loads(source.read_text())
     clock = times(record["threads"])
     bars = [pair for pair in pairs(record) if pair.faster is not None][::-1]
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(13, 0.16 * len(bars) + 3))
+    drawing, (left, right) = _figure.new(1, 2, (13, 0.16 * len(bars) + 3))
     left.barh(
         [" ".join(map(str, pair.case)) for pair in bars],
         [pair.faster for pair in bars],
@@ -141,6 +138,4 @@ def plot(source: Path, figure: Path) -> None:
     right.set_ylabel("CROWN: seconds per region")
     right.legend(fontsize=5)
     drawing.suptitle(f"{record['device']}, {record['threads']} thread(s)", fontsize=8)
-    drawing.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
+    _figure.save(drawing, figure)

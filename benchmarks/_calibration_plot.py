@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import _figure
 from benchmarks._common import FIGURES
 from torch_prepared.calibrate import certified_ece, reliability, reliability_envelope
 from torch_prepared.calibrate.diagram import draw_reliability
@@ -32,7 +32,6 @@ def plot(source: Path) -> None:
     """Draw what the JSON has: values, methods and training; and reliability diagrams."""
     parts = json.loads(source.read_text())["parts"]
     figure = Figure(figsize=(17, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, 4)
     tuned = "MNIST 256x2 at the clean temperature, max-norm, pixels in [0, 1]"
     _radii(axes[0, 0], parts.get("mnist"), "fitted to clean", tuned)
@@ -45,14 +44,8 @@ def plot(source: Path) -> None:
     _training(axes[1, 1], parts.get("training"))
     _edit(axes[1, 2], parts.get("edit"))
     _speed(axes[1, 3], parts.get("speed"))
-    _save(figure, FIGURES / f"{source.stem}.png")
+    _figure.save(figure, FIGURES / f"{source.stem}.png", dpi=130)
     _diagrams(parts, FIGURES / f"{source.stem}_reliability.png")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(f"wrote {path}")
 
 
 def _title(axes: Axes, text: str, part: Data | None) -> bool:
@@ -189,7 +182,6 @@ def _diagrams(parts: Data, path: Path) -> None:
     columns = min(len(cases), 4)
     lines = -(-len(cases) // columns)
     figure = Figure(figsize=(3.9 * columns, 3.7 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
     for position, (name, one) in enumerate(cases):
         lower, upper = np.array(one["lower"]), np.array(one["upper"])
         correct = np.array(one["correct"])
@@ -206,4 +198,4 @@ def _diagrams(parts: Data, path: Path) -> None:
         )
         axes = figure.add_subplot(lines, columns, position + 1)
         draw_reliability(axes, panel, legend=position == 0)
-    _save(figure, path)
+    _figure.save(figure, path, dpi=130)

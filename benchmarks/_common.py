@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 __all__ = [
+    "DATA",
     "FIGURES",
     "HERE",
     "RESULTS",
@@ -33,6 +34,7 @@ SCHEMA = 1
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 FIGURES = HERE / "figures"
+DATA = HERE.parent.parent / "shared" / "data"
 _PACKAGES = ("torch", "numpy", "scipy", "highspy", "clarabel", "onnx", "onnxruntime", "cvxpylayers")
 
 

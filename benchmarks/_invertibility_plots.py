@@ -6,15 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from benchmarks import _figure
 from torch_prepared.invert.pictures import draw_curve, draw_map
 
 __all__ = ["plot"]
@@ -36,28 +33,20 @@ def plot(record: Mapping[str, object], folder: Path, stem: str) -> None:
     """Write ``<stem>.png`` (pairs, map, curve), ``_matching.png`` and ``_mnist.png``."""
     by_case: Mapping[str, Sequence[Row]] = record["rows_by_case"]  # type: ignore[assignment]
     rows = [row for part in by_case.values() for row in part]
-    folder.mkdir(parents=True, exist_ok=True)
-    drawing, axes = pyplot.subplots(2, 2, figsize=(11, 9))
+    drawing, axes = _figure.new(2, 2, (11, 9))
     _line(axes[0, 0], rows)
     _plane(axes[0, 1], rows)
     _map(axes[1, 0], rows)
     _curve(axes[1, 1], rows)
     drawing.suptitle(f"{record['device']}, {record['threads']} threads", fontsize=9)
-    _save(drawing, folder / f"{stem}.png")
+    _figure.save(drawing, folder / f"{stem}.png", dpi=130)
     if _select(rows, "r_AB"):
-        drawing, axis = pyplot.subplots(figsize=(6, 4))
+        drawing, axis = _figure.new(1, 1, (6, 4))
         _matching(axis, rows)
-        _save(drawing, folder / f"{stem}_matching.png")
+        _figure.save(drawing, folder / f"{stem}_matching.png", dpi=130)
     pictures = [r for r in _select(rows, "same outputs") if r.get("picture")]
     if pictures:
-        _save(_images(pictures), folder / f"{stem}_mnist.png")
-
-
-def _save(drawing: pyplot.Figure, path: Path) -> None:
-    drawing.tight_layout()
-    drawing.savefig(path, dpi=130)
-    pyplot.close(drawing)
-    print(f"wrote {path}")
+        _figure.save(_images(pictures), folder / f"{stem}_mnist.png", dpi=130)
 
 
 def _line(axes: Axes, rows: Sequence[Row]) -> None:
@@ -131,8 +120,8 @@ def _matching(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(fontsize=7)
 
 
-def _images(found: Sequence[Row]) -> pyplot.Figure:
-    drawing, axes = pyplot.subplots(len(found), 3, figsize=(6, 2.1 * len(found)), squeeze=False)
+def _images(found: Sequence[Row]) -> Figure:
+    drawing, axes = _figure.new(len(found), 3, (6, 2.1 * len(found)), squeeze=False)
     for line, row in zip(axes, found, strict=True):
         center, goal = row["images"]  # type: ignore[misc]
         titles = ("center", f"same outputs, {_value(row, 'upper'):.3f} away", "as this image")

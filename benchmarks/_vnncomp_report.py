@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import _figure
 from benchmarks._common import SCHEMA, write_text
 from benchmarks._vnncomp import BENCHMARKS
 
@@ -139,12 +140,6 @@ def replace_table(readme: Path, table: str) -> None:
 
 def draw(studies: Sequence[Study], folder: Path) -> list[Path]:
     """Cactus plot (certified against seconds) and sorted drawdown of every method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for mode in sorted({study.mode for study in studies}):
         mine = [study for study in studies if study.mode == mode]
@@ -154,7 +149,7 @@ def draw(studies: Sequence[Study], folder: Path) -> list[Path]:
             ("drawdown", "certified cases", "drawdown in percent", _drawdown),
         )
         for name, x_label, y_label, values in figures:
-            drawing, axes = pyplot.subplots(figsize=(6, 4))
+            drawing, axes = _figure.new(1, 1, (6, 4))
             for study in mine:
                 y = values(study)
                 axes.step(range(1, len(y) + 1), y, where="mid", label=f"{study.label} ({len(y)})")
@@ -164,11 +159,8 @@ def draw(studies: Sequence[Study], folder: Path) -> list[Path]:
             if name == "cactus" and mine:
                 axes.axhline(mine[0].limit, color="black", linewidth=0.8, linestyle=":")
             axes.legend(fontsize=8)
-            drawing.tight_layout()
-            path = folder / f"vnncomp_{name}{suffix}.png"
-            drawing.savefig(path, dpi=150)
-            pyplot.close(drawing)
-            written.append(path)
+            written.append(folder / f"vnncomp_{name}{suffix}.png")
+            _figure.save(drawing, written[-1])
     return written
 
 

@@ -26,20 +26,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import _figure
 from benchmarks._bounds_case import ITERATIONS, LEARNING_RATE, METHODS
 from benchmarks._bounds_networks import NETWORKS
 from benchmarks._bounds_report import plot, table, times
-from benchmarks._common import (
-    FIGURES,
-    HERE,
-    RESULTS,
-    SCHEMA,
-    environment,
-    settings_digest,
-    write_json,
-)
+from benchmarks._common import HERE, SCHEMA, environment, settings_digest, write_json
 
-DATA = HERE.parent.parent / "shared" / "data"
 ENGINES = ("ours", "auto_lirpa")
 BATCHES = {"acasxu_1_1": (1, 64, 512, 4096), "resnet_17m": (1, 2)}
 USUAL_BATCHES = (1, 8, 64, 512)
@@ -157,30 +149,23 @@ def _line(row: Row, threads: int) -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "command", nargs="?", choices=["run", "plot", "table", "all"], default="all"
-    )
-    parser.add_argument("--data", type=Path, default=DATA)
+    commands = ("run", "plot", "table", "all")
+    parser = _figure.make_parser(__doc__, commands=commands, threads=1, data="vnncomp2022")
     parser.add_argument("--auto-lirpa", type=Path, help="source tree of auto_LiRPA")
     parser.add_argument("--networks", type=lambda text: text.split(","))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--max-batch", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=60.0, help="wall seconds of a process")
     parser.add_argument("--minutes", type=float, default=45.0, help="of the whole run")
     parser.add_argument("--memory-gb", type=float, default=10.0, help="address space of a process")
     parser.add_argument("--fresh", action="store_true", help="measure again what has a row")
-    parser.add_argument("--smoke", action="store_true", help="a tiny network, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    options = parser.parse_args()
-    output = options.output or RESULTS / ("bounds_smoke.json" if options.smoke else "bounds.json")
+    options = _figure.parse(parser, "bounds")
     if options.command in ("run", "all"):
-        run(options, output)
+        run(options, options.output)
     if options.command in ("plot", "all"):
-        plot(output, FIGURES / f"{output.stem}.png")
+        plot(options.output, options.figure)
     if options.command in ("table", "all"):
-        print(table(output))
+        print(table(options.output))
 
 
 if __name__ == "__main__":

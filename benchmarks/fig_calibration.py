@@ -25,7 +25,6 @@ edit      mnist_fc 256x2 before and after a provable edit of a violated property
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -36,9 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import _figure
 from benchmarks._calibration_plot import plot
 from benchmarks._calibration_training import TRAIN_RADIUS, fine_tune_seeds
-from benchmarks._common import HERE, RESULTS, SCHEMA, environment, write_json
+from benchmarks._common import SCHEMA, environment, write_json
 from benchmarks._reference import NORMALIZATION, _mnist
 from torch_prepared.calibrate import (
     ConfidenceInterval,
@@ -54,7 +54,6 @@ from torch_prepared.core.onnx import load_onnx
 from torch_prepared.edit import edit_network
 from torch_prepared.specs import load_vnnlib
 
-DATA = HERE.parent.parent / "shared" / "data"
 PARTS = ("mnist", "oval", "cifar", "smooth", "methods", "speed", "training", "edit")
 MNIST_RADII = (0.005, 0.01, 0.02)
 CIFAR_RADII = (0.25,)
@@ -328,24 +327,17 @@ def _read(path: Path) -> dict[str, Part]:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
+    parser = _figure.make_parser(__doc__, threads=2, data="mnist")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    options = parser.parse_args()
-    name = "calibration_smoke.json" if options.smoke else "calibration.json"
-    output = options.output or RESULTS / name
+    options = _figure.parse(parser, "calibration")
     parts = options.parts.split(",")
     strange = sorted(set(parts) - set(PARTS))
     if strange:
         parser.error(f"--parts: got {strange[0]!r}; expected some of {', '.join(PARTS)}")
     if options.command != "plot":
-        run(parts, options.data, options.threads, options.smoke, output)
+        run(parts, options.data, options.threads, options.smoke, options.output)
     if options.command != "run":
-        plot(output)
+        plot(options.output)
 
 
 if __name__ == "__main__":

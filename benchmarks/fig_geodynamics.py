@@ -10,7 +10,6 @@ The case and the methods are described in ``benchmarks.examples.stokes_flow``.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -21,14 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks._common import (
-    FIGURES,
-    RESULTS,
-    SCHEMA,
-    environment,
-    settings_digest,
-    write_text,
-)
+from benchmarks import _figure
+from benchmarks._common import SCHEMA, environment, settings_digest, write_text
 from benchmarks.examples._stokes_case import Settings
 from benchmarks.examples._stokes_plot import TITLES, draw
 from benchmarks.examples._stokes_training import METHODS
@@ -116,27 +109,22 @@ def _middle(values: list[float | None]) -> float:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "table"], default="run")
+    parser = _figure.make_parser(
+        __doc__, commands=("run", "plot", "table"), default="run", threads=1
+    )
     parser.add_argument("--seeds", default="0,1", help="comma-separated")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="tiny size, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    parser.add_argument("--figure", type=Path, default=FIGURES / "geodynamics.png")
-    options = parser.parse_args()
-    name = "geodynamics_smoke.json" if options.smoke else "geodynamics.json"
-    output = options.output or RESULTS / name
+    parser.add_argument("--figure", type=Path, help="picture to write")
+    options = _figure.parse(parser, "geodynamics")
     if options.command == "run":
         settings = Settings.smoke() if options.smoke else Settings()
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        run(settings, seeds, options.threads, output)
+        run(settings, seeds, options.threads, options.output)
         return
-    if not output.exists():
-        parser.error(f"{output}: does not exist; make it with 'run'")
-    record = json.loads(output.read_text())
+    if not options.output.exists():
+        parser.error(f"{options.output}: does not exist; make it with 'run'")
+    record = json.loads(options.output.read_text())
     if options.command == "plot":
         draw(record, options.figure)
-        print(f"wrote {options.figure}")
     else:
         print(table(summary(record["rows"])))
 

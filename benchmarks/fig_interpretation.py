@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
+from benchmarks import _figure
+from benchmarks._common import FIGURES, RESULTS, SCHEMA, environment, write_json
 from benchmarks._interpretation_nets import TRAININGS, Digits, load_digits, train_network
 from benchmarks._interpretation_plots import draw_edit, draw_maps, draw_sizes
 from torch_prepared.core.capture import capture_module
@@ -52,7 +53,6 @@ from torch_prepared.interpret._search import order_features, prefix_search
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Property, load_vnnlib, local_robustness
 
-DATA = HERE.parent.parent / "shared" / "data"
 SEARCHES = (("prefix", "priority"), ("greedy", "priority"), ("exact", "priority"))
 BASELINES = (FeatureOrder.WEIGHT, FeatureOrder.RANDOM)
 CELLS = (("crown", 0.02), ("ibp", 0.02), ("crown", 0.1), ("zonotope", 0.02))
@@ -296,22 +296,15 @@ def plot(source: Path) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
+    parser = _figure.make_parser(__doc__, threads=2, data="mnist and vnncomp2022")
     parser.add_argument("--count", type=int, default=200, help="properties per network")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache", type=Path, help="folder for trained weights")
     parser.add_argument("--nets", nargs="*", help="only these networks, and no edit")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    options = parser.parse_args()
-    name = "interpretation_smoke.json" if options.smoke else "interpretation.json"
-    output = options.output or RESULTS / name
+    options = _figure.parse(parser, "interpretation")
     if options.command != "plot":
-        run(options, output)
+        run(options, options.output)
     if options.command != "run":
-        plot(output)
+        plot(options.output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ mnist             784-24-24-10: nearest image of another digit with exactly the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -28,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import _figure
 from benchmarks import _invertibility_systems as systems
-from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
+from benchmarks._common import FIGURES, SCHEMA, environment, write_json
 from torch_prepared.invert import (
     Effort,
     RadiusBound,
@@ -40,7 +40,6 @@ from torch_prepared.invert import (
     nearest_preimage,
 )
 
-DATA = HERE.parent.parent / "shared" / "data"
 POINTS = ((1.96433, 1.24951), (0.666201, 1.99221))
 PARAMETER = 2.1
 KNOWN = {POINTS[0]: 2.77391, POINTS[1]: 4.2362}  # published weights, by another solver
@@ -269,26 +268,19 @@ def run(study: Study, chosen: list[str], output: Path) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=["run", "plot"])
+    parser = _figure.make_parser(__doc__, threads=2, data="mnist")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each question")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds mnist")
     parser.add_argument("--reference", type=Path, help="folder of the published weights")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    options = parser.parse_args()
-    stem = "invertibility_smoke" if options.smoke else "invertibility"
-    output = options.output or RESULTS / f"{stem}.json"
-    if options.command == "run":
+    options = _figure.parse(parser, "invertibility")
+    if options.command != "plot":
         seconds = min(options.seconds, 3.0) if options.smoke else options.seconds
         study = Study(seconds, options.threads, options.smoke, options.data, options.reference)
-        run(study, options.cases, output)
-    else:
+        run(study, options.cases, options.output)
+    if options.command != "run":
         from benchmarks._invertibility_plots import plot
 
-        plot(json.loads(output.read_text()), FIGURES, output.stem)
+        plot(json.loads(options.output.read_text()), FIGURES, options.output.stem)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ allocator told to keep its memory, because page faults on fresh outputs would dr
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import _figure
+from benchmarks._common import SCHEMA, environment, write_json
 from torch_prepared import ops
 
-HERE = Path(__file__).parent
-SCHEMA = 1
 ROWS_CASES = {  # name -> (b, s, n), coefficients shared by the s rows of a batch element
     "n=50": (256, 2000, 50),
     "n=512": (64, 800, 512),
@@ -155,12 +153,6 @@ def _measure(case: Case, device: str, repeats: int) -> list[dict[str, object]]:
     ]
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def run(device: str, dtype: torch.dtype, threads: int, smoke: bool, output: Path) -> None:
     """Measure every case and write the JSON."""
     torch.set_num_threads(threads)
@@ -182,7 +174,7 @@ def run(device: str, dtype: torch.dtype, threads: int, smoke: bool, output: Path
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
     record = {
         "schema": SCHEMA,
-        "commit": _commit(),
+        "commit": environment()["commit"],
         "build": str(ops.build_info()),
         "python": platform.python_version(),
         "device": name,
@@ -193,52 +185,37 @@ def run(device: str, dtype: torch.dtype, threads: int, smoke: bool, output: Path
         "smoke": smoke,
         "rows": rows,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(output, record)
     print(f"wrote {output}")
 
 
 def plot(source: Path, figure: Path) -> None:
     """Draw the fractions of copy bandwidth from the JSON."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     record = json.loads(source.read_text())
     bars = [r for r in record["rows"] if r["metric"] == "fraction_of_copy"]
     labels, values = [r["case"] for r in bars], [r["value"] for r in bars]
-    drawing, axes = pyplot.subplots(figsize=(8, 0.3 * len(bars) + 1.2))
+    drawing, axes = _figure.new(1, 1, (8, 0.3 * len(bars) + 1.2))
     axes.barh(labels[::-1], values[::-1])
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("fraction of copy bandwidth")
     axes.set_title(f"{record['device']}, {record['dtype']}, {record['build']}", fontsize=8)
-    drawing.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
-    print(f"wrote {figure}")
+    _figure.save(drawing, figure)
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
+    parser = _figure.make_parser(__doc__, threads=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    options = parser.parse_args()
+    options = _figure.parse(parser, "kernels_{device}")
     if options.device == "cpu" and "MALLOC_MMAP_MAX_" not in os.environ:
         command = [sys.executable, "-m", "benchmarks.fig_kernels", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, **KEEP_MEMORY})
-    stem = f"kernels_{options.device}" + ("_smoke" if options.smoke else "")
-    output = options.output or HERE / "results" / f"{stem}.json"
     if options.command != "plot":
         dtype = getattr(torch, options.dtype)
-        run(options.device, dtype, options.threads, options.smoke, output)
+        run(options.device, dtype, options.threads, options.smoke, options.output)
     if options.command != "run":
-        plot(output, HERE / "figures" / f"{output.stem}.png")
+        plot(options.output, options.figure)
 
 
 if __name__ == "__main__":

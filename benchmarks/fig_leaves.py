@@ -19,7 +19,6 @@ the time is up.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -32,7 +31,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, measure, write_json
+from benchmarks import _figure
+from benchmarks._common import SCHEMA, environment, measure, write_json
 from benchmarks._leaf_engines import (
     CHUNKS,
     ENGINES,
@@ -50,7 +50,6 @@ from torch_prepared.core.interval import Interval
 from torch_prepared.core.onnx import load_onnx
 from torch_prepared.specs import load_vnnlib
 
-DATA = HERE.parent.parent / "shared" / "data"
 NETWORKS = ("1_1", "2_9", "5_9")
 SIDES = (0.03, 0.10)
 SLACK = 1e-4
@@ -226,14 +225,9 @@ def _volume_rate(samples: list[Sample]) -> float:
 
 def plot(source: Path, figure: Path) -> None:
     """Draw throughput and the volume left open over time from the JSON."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     record = json.loads(source.read_text())
     rates = {r["case"]: r["value"] for r in record["rows"] if r["metric"] == "throughput"}
-    drawing, (bars, lines) = pyplot.subplots(1, 2, figsize=(11, 4))
+    drawing, (bars, lines) = _figure.new(1, 2, (11, 4))
     colors = dict(zip(ENGINES, COLORS, strict=True))
     styles = dict(zip(NETWORKS, ("-", "--", ":"), strict=True))
     cases = list(rates)[::-1]
@@ -251,28 +245,19 @@ def plot(source: Path, figure: Path) -> None:
     load = record["load_average"][0]
     title = f"{record['device']}, {record['threads']} threads, load average {load:.1f}"
     drawing.suptitle(title, fontsize=9)
-    drawing.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
-    print(f"wrote {figure}")
+    _figure.save(drawing, figure)
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
+    parser = _figure.make_parser(__doc__, threads=2, data="vnncomp2022")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each search")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds vnncomp2022")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    options = parser.parse_args()
-    output = options.output or RESULTS / ("leaves_smoke.json" if options.smoke else "leaves.json")
+    options = _figure.parse(parser, "leaves")
     if options.command != "plot":
         seconds = min(options.seconds, 0.5) if options.smoke else options.seconds
-        run(seconds, options.threads, options.smoke, options.data, output)
+        run(seconds, options.threads, options.smoke, options.data, options.output)
     if options.command != "run":
-        plot(output, FIGURES / f"{output.stem}.png")
+        plot(options.output, options.figure)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ draws it from the JSON alone. A case is a kind (``projection``: nearest point in
 ``l1``: in the 1-norm), a size n x m with dense rows of their own for every sample, a batch and a
 method; it runs in its own process under a limit of wall time. A peer that reached the limit, or
 failed, with no larger n, m and batch is not run again: such rows say so. Peers use
-their default accuracy and derivative and two worker threads; building their problem is not timed.
+their default accuracy and derivative and as many workers as ours has threads; building their
+problem is not timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
 import json
@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks._common import FIGURES, RESULTS, SCHEMA, environment, settings_digest, write_json
+from benchmarks import _figure
+from benchmarks._common import SCHEMA, environment, settings_digest, write_json
 from benchmarks._lp_layer_case import Case
 from benchmarks._process import run_limited
 
@@ -133,15 +134,10 @@ def _seconds(row: Row) -> float:
 
 def plot(source: Path, figure: Path) -> None:
     """Draw seconds by size for batch 32 and the speed-up over the best peer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     record = json.loads(source.read_text())
     rows = record["rows"]
     batch = 32 if any(r["batch"] == 32 for r in rows) else rows[0]["batch"]
-    drawing, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    drawing, panels = _figure.new(1, 2, (12, 4.5), sharey=True)
     for panel, kind in zip(panels, KINDS, strict=True):
         chosen = [r for r in rows if r["kind"] == kind and r["batch"] == batch]
         sizes = sorted({(r["n"], r["m"]) for r in chosen if r["outcome"] == "done"})
@@ -165,29 +161,20 @@ def plot(source: Path, figure: Path) -> None:
     panels[0].set_ylabel("seconds, forward + backward")
     title = f"{record['device']}, {record['parameters']['threads']} thread(s); dotted: limit"
     drawing.suptitle(title, fontsize=9)
-    drawing.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
-    print(f"wrote {figure}")
+    _figure.save(drawing, figure)
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
+    parser = _figure.make_parser(__doc__, threads=1)
     parser.add_argument("--limit", type=float, default=30.0, help="seconds per case")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
     parser.add_argument("--fresh", action="store_true", help="run finished cases again")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
     parser.add_argument("--figure", type=Path, help="picture to write")
-    options = parser.parse_args()
-    name = "lp_layer_smoke.json" if options.smoke else "lp_layer.json"
-    output = options.output or RESULTS / name
+    options = _figure.parse(parser, "lp_layer")
     if options.command != "plot":
-        run(options.limit, options.threads, options.smoke, output, options.fresh)
+        run(options.limit, options.threads, options.smoke, options.output, options.fresh)
     if options.command != "run":
-        plot(output, options.figure or FIGURES / f"{output.stem}.png")
+        plot(options.output, options.figure)
 
 
 if __name__ == "__main__":

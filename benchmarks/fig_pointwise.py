@@ -18,7 +18,6 @@ are wall time, ``cpu_seconds`` those of the process.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import itertools
 import json
@@ -31,14 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
+from benchmarks import _figure
+from benchmarks._common import SCHEMA, environment, write_json
 from torch_prepared.core.capture import capture_module
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import load_onnx
 from torch_prepared.edit.pointwise import edit_points
 from torch_prepared.relax import evaluate_graph
 
-DATA = HERE.parent.parent / "shared" / "data"
 NETWORK = "vnncomp2022/mnist_fc/onnx/mnist-net_256x2.onnx.gz"
 PRESERVE, HELD = 40_000, 10_000
 EPOCHS, RATE, BATCH = 6, 1e-3, 128
@@ -234,11 +233,6 @@ def run(
 
 def plot(source: Path, picture: Path) -> None:
     """Accuracy lost and seconds against the number of examples, implants only."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     data = json.loads(source.read_text())
     rows = [r for r in data["rows"] if r["task"] == "implant" and r["outcome"] == "edited"]
     networks = sorted({r["network"] for r in rows})
@@ -251,7 +245,7 @@ def plot(source: Path, picture: Path) -> None:
         "milp-1": "MILP, hidden layer, 1-norm",
         "z3-any": "Z3, last layer, max norm",
     }
-    figure, axes = plt.subplots(2, len(networks), figsize=(5 * len(networks), 7), squeeze=False)
+    figure, axes = _figure.new(2, len(networks), (5 * len(networks), 7), squeeze=False)
     for column, network in enumerate(networks):
         for method, name in names.items():
             mine = sorted(
@@ -273,31 +267,23 @@ def plot(source: Path, picture: Path) -> None:
             axis.set_xlabel("examples forced to a wrong class")
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    _figure.save(figure, picture, dpi=120)
 
 
 def main() -> None:
-    """Command line of this study."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["run", "plot"], nargs="?")
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--output", type=Path, default=RESULTS / "pointwise.json")
-    parser.add_argument("--limit", type=float, default=120.0)
-    parser.add_argument("--threads", type=int, default=2)
+    """Parse the command line."""
+    parser = _figure.make_parser(__doc__, threads=2, data="mnist and vnncomp2022")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds per edit")
     parser.add_argument("--only", default="", help="part of a row's key")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--fresh", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.command != "plot":
+    parser.add_argument("--fresh", action="store_true", help="run finished cases again")
+    options = _figure.parse(parser, "pointwise")
+    if options.command != "plot":
         run(
-            arguments.output, arguments.data, arguments.limit, arguments.threads,
-            arguments.smoke, arguments.fresh, arguments.only,
+            options.output, options.data, options.limit, options.threads,
+            options.smoke, options.fresh, options.only,
         )  # fmt: skip
-    if arguments.command != "run":
-        plot(arguments.output, FIGURES / f"{arguments.output.stem}.png")
+    if options.command != "run":
+        plot(options.output, options.figure)
 
 
 if __name__ == "__main__":

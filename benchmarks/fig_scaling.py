@@ -19,14 +19,14 @@ Bytes are the leader's, over those of the interpreter with everything imported.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks._common import FIGURES, RESULTS, SCHEMA, environment, settings_digest, write_json
+from benchmarks import _figure
+from benchmarks._common import SCHEMA, environment, settings_digest, write_json
 from benchmarks._process import run_limited
 
 WEIGHTS, ROWS = (10**4, 10**5, 10**6, 10**7, 5 * 10**7), 100
@@ -112,16 +112,11 @@ def _line(row: Row) -> str:
 
 def plot(source: Path, figure: Path) -> None:
     """Draw seconds and bytes by weights, seconds by properties and ranks, and the speed-up."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     record = json.loads(source.read_text())
     rows = [row for row in record["rows"] if "seconds" in row]
     projected = [row for row in rows if row["kind"] == "project"]
     edited = [row for row in rows if row["kind"] == "edit"]
-    drawing, panels = pyplot.subplots(1, 3, figsize=(15, 4.5))
+    drawing, panels = _figure.new(1, 3, (15, 4.5))
     sizes = [row["size"] for row in projected]
     panels[0].loglog(sizes, [row["cpu"] for row in projected], "o-", label="CPU seconds")
     walls = [row["seconds"] for row in projected]
@@ -147,28 +142,19 @@ def plot(source: Path, figure: Path) -> None:
         panel.legend(fontsize=8)
     threads, cores = record["parameters"]["threads"], record["cores"]
     drawing.suptitle(f"{record['device']}, {cores} cores, {threads} thread(s) a rank", fontsize=9)
-    drawing.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
-    print(f"wrote {figure}")
+    _figure.save(drawing, figure)
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test the script")
+    parser = _figure.make_parser(__doc__, threads=1)
     parser.add_argument("--fresh", action="store_true", help="run finished cases again")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
     parser.add_argument("--figure", type=Path, help="picture to write")
-    options = parser.parse_args()
-    name = "scaling_smoke.json" if options.smoke else "scaling.json"
-    output = options.output or RESULTS / name
+    options = _figure.parse(parser, "scaling")
     if options.command != "plot":
-        run(options.threads, options.smoke, output, options.fresh)
+        run(options.threads, options.smoke, options.output, options.fresh)
     if options.command != "run":
-        plot(output, options.figure or FIGURES / f"{output.stem}.png")
+        plot(options.output, options.figure)
 
 
 if __name__ == "__main__":

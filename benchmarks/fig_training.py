@@ -15,7 +15,6 @@ the same training, and its start-up (tracing the model, the first edit) is part 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
@@ -26,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
+from benchmarks import _figure
+from benchmarks._common import RESULTS, SCHEMA, environment, write_json
 from benchmarks.examples.robust_digits import (
     Digits,
     accuracy,
@@ -36,8 +36,6 @@ from benchmarks.examples.robust_digits import (
     properties,
 )
 from torch_prepared.hooks import EditHook, EverySteps, PreparedModule
-
-DATA = HERE.parent.parent / "shared" / "data"
 
 Row = dict[str, object]
 
@@ -169,14 +167,9 @@ def _prepared(settings: Settings, digits: Digits, start: nn.Module, eps: float) 
 
 def plot(source: Path, figure: Path) -> None:
     """Draw margins over steps, and seconds by step, from the JSON."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     record = json.loads(source.read_text())
     values = {(row["case"], row["metric"]): row["value"] for row in record["rows"]}
-    drawing, (lines, bars) = pyplot.subplots(1, 2, figsize=(11, 4))
+    drawing, (lines, bars) = _figure.new(1, 2, (11, 4))
     for color, (eps, looks) in zip(
         ("tab:blue", "tab:orange"), record["looks"].items(), strict=False
     ):
@@ -200,28 +193,18 @@ def plot(source: Path, figure: Path) -> None:
     drawing.suptitle(
         f"{record['device']}, {record['threads']} thread, {record['data']}", fontsize=9
     )
-    drawing.tight_layout()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
-    print(f"wrote {figure}")
+    _figure.save(drawing, figure)
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "plot", "all"], default="all")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds mnist/")
-    parser.add_argument("--smoke", action="store_true", help="small digits, to test the script")
-    parser.add_argument("--output", type=Path, help="JSON file to write or read")
-    options = parser.parse_args()
-    name = "training_smoke.json" if options.smoke else "training.json"
-    output = options.output or RESULTS / name
+    options = _figure.parse(_figure.make_parser(__doc__, data="mnist"), "training")
     if options.command != "plot":
         chosen, data = (SMOKE, None) if options.smoke else (Settings(), options.data)
-        run(chosen, data, output)
+        run(chosen, data, options.output)
     if options.command != "run":
-        target = FIGURES if options.output is None else output.parent
-        plot(output, target / f"{output.stem}.png")
+        committed = options.output.parent == RESULTS
+        plot(options.output, options.figure if committed else options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks._common import FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
+from benchmarks._common import DATA, FIGURES, HERE, RESULTS, SCHEMA, environment, write_json
 from benchmarks._study import Settings, run_case
 from benchmarks._vnncomp import (
     BENCHMARKS,
@@ -189,7 +189,7 @@ def _line(row: Mapping[str, object]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", nargs="?", choices=["run", "plot", "table"], default="run")
-    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figures", type=Path, default=FIGURES)
     parser.add_argument("--method", default="auto")
@@ -214,8 +214,7 @@ def main() -> None:
     """Parse the command line."""
     options = _options()
     if options.command == "plot":
-        for path in draw(load_studies(options.results), options.figures):
-            print(f"wrote {path}")
+        draw(load_studies(options.results), options.figures)
         return
     if options.command == "table":
         replace_table(README, markdown_table(load_studies(options.results)))

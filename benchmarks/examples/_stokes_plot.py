@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure, FigureBase
 from numpy.typing import NDArray
 
+from benchmarks import _figure
 from benchmarks.examples._stokes_solver import gaussian_plume
 
 __all__ = ["TITLES", "draw"]
@@ -40,22 +40,20 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     }
     settings = record["settings"]
     figure = Figure(figsize=(15, 14), layout="constrained")
-    FigureCanvasAgg(figure)
     halves = figure.add_gridspec(2, 1, height_ratios=[1, 2.15])
     above, below = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     top = above.subplots(1, 2, width_ratios=[1, 1.45])
     _flow(above, top[0], record["reference"])
     _walls(top[1], rows, settings)
     axes = below.subplots(3, 4)
-    _errors(below, list(axes[0]), rows)
-    _outflow(below, list(axes[1]), rows, settings)
-    _regions(below, list(axes[2]), rows, settings)
+    _errors(below, axes[0], rows)
+    _outflow(below, axes[1], rows, settings["continuity"])
+    _regions(below, axes[2], rows, settings)
     below.supxlabel("frames of the last row: green where all walls are certified too", fontsize=10)
     figure.suptitle(
         "Provable training of a network for buoyant Stokes flow", fontsize=16, fontweight="bold"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _figure.save(figure, path, dpi=110)
 
 
 def _flow(figure: FigureBase, axis: Axes, reference: Mapping[str, Any]) -> None:
@@ -98,42 +96,36 @@ def _walls(axis: Axes, rows: Mapping[str, Row], settings: Mapping[str, Any]) -> 
     axis.legend(frameon=False, ncol=2, fontsize=9)
 
 
-def _errors(figure: FigureBase, axes: list[Axes], rows: Mapping[str, Row]) -> None:
-    image = None
-    for axis, (method, row) in zip(axes, rows.items(), strict=True):
-        image = _map(axis, np.array(row["maps"]["speed_error"]), "magma_r", Normalize(0, 0.2))
-        axis.set_title(f"{TITLES[method]}: error {100 * row['relative_error']:.1f} %", fontsize=11)
+def _errors(figure: FigureBase, axes: Sequence[Axes], rows: Mapping[str, Row]) -> None:
+    maps = [np.array(row["maps"]["speed_error"]) for row in rows.values()]
+    _maps(figure, axes, maps, "magma_r", Normalize(0, 0.2), "max", "mean speeds")
     axes[0].set_ylabel("velocity error")
-    if image is not None:
-        figure.colorbar(image, ax=axes, shrink=0.85, pad=0.01, extend="max", label="mean speeds")
+    for axis, (method, row) in zip(axes, rows.items(), strict=True):
+        axis.set_title(f"{TITLES[method]}: error {100 * row['relative_error']:.1f} %", fontsize=11)
 
 
 def _outflow(
-    figure: FigureBase, axes: list[Axes], rows: Mapping[str, Row], settings: Mapping[str, Any]
+    figure: FigureBase, axes: Sequence[Axes], rows: Mapping[str, Row], tolerance: float
 ) -> None:
-    tolerance, image = settings["continuity"], None
-    for axis, (method, row) in zip(axes, rows.items(), strict=True):
-        values = np.array(row["maps"]["outflow"]) / tolerance
-        image = _map(axis, values, "PuOr_r", TwoSlopeNorm(0, -1.5, 1.5))
-        axis.set_title(
-            f"{TITLES[method]}: largest {row['cell_largest'] / tolerance:.2f}", fontsize=11
-        )
+    maps = [np.array(row["maps"]["outflow"]) / tolerance for row in rows.values()]
+    _maps(figure, axes, maps, "PuOr_r", TwoSlopeNorm(0, -1.5, 1.5), "both", "tolerances")
     axes[0].set_ylabel("net outflow of cells")
-    if image is not None:
-        figure.colorbar(image, ax=axes, shrink=0.85, pad=0.01, extend="both", label="tolerances")
+    for axis, (method, row) in zip(axes, rows.items(), strict=True):
+        largest = row["cell_largest"] / tolerance
+        axis.set_title(f"{TITLES[method]}: largest {largest:.2f}", fontsize=11)
 
 
 def _regions(
-    figure: FigureBase, axes: list[Axes], rows: Mapping[str, Row], settings: Mapping[str, Any]
+    figure: FigureBase, axes: Sequence[Axes], rows: Mapping[str, Row], settings: Mapping[str, Any]
 ) -> None:
     """Bounds over boxes that cover all cell centers, and walls drawn by what is proved of them."""
-    tolerance, image = settings["continuity"], None
     shades = LinearSegmentedColormap.from_list(
         "proved", ["#0b5d36", "#8fd3ae", "#fff3d6", "#e07b39", "#8c1c13"]
     )
-    for axis, row in zip(axes, rows.values(), strict=True):
-        bound = np.array(row["maps"]["proved"]) / tolerance
-        image = _map(axis, bound, shades, Normalize(0, 2))
+    maps = [np.array(row["maps"]["proved"]) / settings["continuity"] for row in rows.values()]
+    _maps(figure, axes, maps, shades, Normalize(0, 2), "max", "tolerances")
+    axes[0].set_ylabel("proved bound, all cells")
+    for axis, row, bound in zip(axes, rows.values(), maps, strict=True):
         share = 100 * float((bound <= 1).mean())
         walls = row["wall_certified"]
         good = walls is not None and walls <= settings["wall"]
@@ -141,11 +133,14 @@ def _regions(
             spine.set(color="#0b5d36" if good else "#8c1c13", linewidth=4)
         verdict = "CERTIFIED" if row["certified"] else "not certified"
         axis.set_title(f"{verdict}: {share:.0f} % of boxes proved", fontsize=11)
-    axes[0].set_ylabel("proved bound, all cells")
-    if image is not None:
-        figure.colorbar(image, ax=axes, shrink=0.85, pad=0.01, extend="max", label="tolerances")
 
 
-def _map(axis: Axes, values: NDArray[np.float64], cmap: Any, norm: Normalize) -> Any:
-    axis.set(xticks=[], yticks=[])
-    return axis.imshow(values.T, origin="lower", extent=(0, 1, 0, 1), cmap=cmap, norm=norm)
+def _maps(
+    figure: FigureBase, axes: Sequence[Axes], maps: Sequence[NDArray[np.float64]], cmap: Any,
+    norm: Normalize, extend: str, label: str,
+) -> None:  # fmt: skip
+    """One map per panel, and the color bar of them all."""
+    for axis, values in zip(axes, maps, strict=True):
+        axis.set(xticks=[], yticks=[])
+        image = axis.imshow(values.T, origin="lower", extent=(0, 1, 0, 1), cmap=cmap, norm=norm)
+    figure.colorbar(image, ax=axes, shrink=0.85, pad=0.01, extend=extend, label=label)

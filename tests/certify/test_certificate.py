@@ -264,6 +264,14 @@ def test_split_beyond_the_inputs_is_refused() -> None:
         check_certificate(Certificate.create(net, properties[:1], [tree]), net, properties[:1])
 
 
+def test_a_number_beyond_float64_is_refused() -> None:
+    data = example()[2].to_json()
+    data["properties"][1]["region"]["radius"] = 10**400
+    content = {key: value for key, value in data.items() if key != "digest"}
+    with pytest.raises(CertificateError, match="radius"):
+        Certificate.from_json({**content, "digest": digest(content)})
+
+
 def bomb(size: int) -> str:
     return base64.b64encode(zlib.compress(bytes(size))).decode()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,44 +10,28 @@ import numpy as np
 
 from torch_prepared.certify.encoding import (
     ArrayReader,
-    canonical,
     digest,
     encode_array,
+    entries,
     fields,
-    read_json,
-    write_json,
+    items,
+    number,
+    text,
+    texts,
 )
+from torch_prepared.certify.envelope import Envelope, weights_digest
 from torch_prepared.certify.proof import ProofTree, Slopes
 from torch_prepared.certify.records import InputRecord, NetworkRecord, PropertyRecord
 from torch_prepared.errors import CertificateError
 
 __all__ = ["FORMAT_VERSION", "Certificate", "property_digest", "weights_digest"]
 
-FORMAT_NAME = "torch_prepared.certificate"
 FORMAT_VERSION = 1
-_FIELDS = (
-    "format",
-    "version",
-    "structure",
-    "structure_digest",
-    "weights_digest",
-    "properties",
-    "proofs",
-    "metadata",
-)
+_CONTENT = (
+    "structure", "structure_digest", "weights_digest", "properties", "proofs", "metadata",
+)  # fmt: skip
 _REGION = ("kind", "lower", "upper", "center", "radius", "p", "vertices")
 _PROOF = ("split_dim", "split_value", "rows", "tighten", "plan", "slopes", "tighten_slopes")
-_MAX_ITEMS = 100_000
-
-
-def weights_digest(weights: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over sorted names, dtypes, shapes and little-endian bytes of the stored weights."""
-    state = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name]
-        state.update(canonical([name, value.dtype.name, list(value.shape)]))
-        state.update(np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")).tobytes())
-    return state.hexdigest()
 
 
 def property_digest(prop: PropertyRecord) -> str:
@@ -59,7 +41,7 @@ def property_digest(prop: PropertyRecord) -> str:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Envelope):
     """A claim with its proof; only ``check_certificate`` turns it into a verdict.
 
     Args:
@@ -70,6 +52,9 @@ class Certificate:
         metadata: free text by key, outside of any claim.
         version: of the format.
     """
+
+    FORMAT = "torch_prepared.certificate"
+    VERSION = FORMAT_VERSION
 
     structure: Mapping[str, object]
     weights_digest: str
@@ -113,11 +98,8 @@ class Certificate:
         """SHA-256 of the structure."""
         return digest(self.structure)
 
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON data, with a digest of all the rest under ``"digest"``."""
-        data: dict[str, object] = {
-            "format": FORMAT_NAME,
-            "version": self.version,
+    def _content(self) -> dict[str, object]:
+        return {
             "structure": dict(self.structure),
             "structure_digest": self.structure_digest,
             "weights_digest": self.weights_digest,
@@ -125,90 +107,33 @@ class Certificate:
             "proofs": [_encode_proof(p) for p in self.proofs],
             "metadata": dict(self.metadata),
         }
-        return {**data, "digest": digest(data)}
 
     @classmethod
-    def from_json(cls, data: object) -> Certificate:
-        """Read plain JSON data that is not trusted.
-
-        Raises:
-            CertificateError: altered, of another version, malformed or too large.
-        """
-        values = fields(data, (*_FIELDS, "digest"), "certificate")
-        content = dict(zip(_FIELDS, values[:-1], strict=True))
-        if content["format"] != FORMAT_NAME or type(content["version"]) is not int:
-            raise CertificateError(f"certificate: format {content['format']!r} is not this one")
-        if content["version"] != FORMAT_VERSION:
-            raise CertificateError(
-                f"certificate: format version {content['version']}; expected {FORMAT_VERSION}"
-            )
-        if values[-1] != digest(content):
-            raise CertificateError("certificate: content digest differs; the file was altered")
-        structure = content["structure"]
-        if not isinstance(structure, Mapping) or digest(structure) != content["structure_digest"]:
+    def _from_content(cls, content: Mapping[str, object]) -> Certificate:
+        structure, own, stored, properties, proofs, metadata = fields(
+            content, _CONTENT, "certificate"
+        )
+        if digest(structure) != own:
             raise CertificateError("certificate: structure and its digest differ")
         reader = ArrayReader()
         return cls(
-            structure=structure,
-            weights_digest=_text(content["weights_digest"], "weights_digest"),
+            structure=entries(structure, "structure"),
+            weights_digest=text(stored, "weights_digest"),
             properties=tuple(
                 _decode_property(p, reader, f"properties[{i}]")
-                for i, p in enumerate(_list(content["properties"], "properties"))
+                for i, p in enumerate(items(properties, "properties"))
             ),
             proofs=tuple(
                 _decode_proof(p, reader, f"proofs[{i}]")
-                for i, p in enumerate(_list(content["proofs"], "proofs"))
+                for i, p in enumerate(items(proofs, "proofs"))
             ),
-            metadata={
-                key: _text(value, "metadata")
-                for key, value in _object(content["metadata"], "metadata").items()
-            },
+            metadata=texts(metadata, "metadata"),
         )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to ``path`` (``.json`` or ``.json.gz``), all or nothing."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Certificate:
-        """Read a file that is not trusted.
-
-        Raises:
-            CertificateError: see :meth:`from_json`.
-        """
-        return cls.from_json(read_json(path))
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise CertificateError(f"{where}: got {type(value).__name__}; expected text")
-    return value
-
-
-def _list(value: object, where: str) -> list[object]:
-    if not isinstance(value, list) or len(value) > _MAX_ITEMS:
-        raise CertificateError(f"{where}: expected a list of at most {_MAX_ITEMS} items")
-    return value
-
-
-def _object(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict) or len(value) > _MAX_ITEMS:
-        raise CertificateError(f"{where}: expected an object of at most {_MAX_ITEMS} fields")
-    return value
 
 
 def _float64(value: np.ndarray) -> dict[str, object]:
     """Canonical float64 (negative zero becomes zero)."""
     return encode_array(np.asarray(value, dtype=np.float64) + 0.0)
-
-
-def _number(value: object, where: str) -> float | None:
-    """A finite number, ``"inf"`` (an exponent), or None."""
-    if value is None or value == "inf":
-        return None if value is None else float("inf")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CertificateError(f"{where}: got {value!r}; expected a number")
-    return float(value)
 
 
 def _encode_property(prop: PropertyRecord) -> dict[str, object]:
@@ -237,15 +162,15 @@ def _decode_property(value: object, reader: ArrayReader, where: str) -> Property
     kind, lower, upper, center, radius, p, vertices = fields(region, _REGION, f"{where}.region")
     if not isinstance(strict, bool):
         raise CertificateError(f"{where}.strict: expected true or false")
-    pairs = [fields(c, ("rows", "offset"), where) for c in _list(clauses, f"{where}.clauses")]
+    pairs = [fields(c, ("rows", "offset"), where) for c in items(clauses, f"{where}.clauses")]
     return PropertyRecord(
         region=InputRecord(
-            kind=_text(kind, f"{where}.kind"),
+            kind=text(kind, f"{where}.kind"),
             lower=reader.read(lower, f"{where}.lower"),
             upper=reader.read(upper, f"{where}.upper"),
             center=None if center is None else reader.read(center, f"{where}.center"),
-            radius=_number(radius, f"{where}.radius"),
-            p=_number(p, f"{where}.p"),
+            radius=None if radius is None else number(radius, f"{where}.radius"),
+            p=None if p is None else number(p, f"{where}.p"),
             vertices=None if vertices is None else reader.read(vertices, f"{where}.vertices"),
         ),
         clauses=tuple(
@@ -253,7 +178,7 @@ def _decode_property(value: object, reader: ArrayReader, where: str) -> Property
             for rows, offset in pairs
         ),
         strict=strict,
-        name=_text(name, f"{where}.name"),
+        name=text(name, f"{where}.name"),
     )
 
 
@@ -269,7 +194,7 @@ def _encode_slopes(slopes: Mapping[str, Slopes]) -> dict[str, object]:
 
 def _decode_slopes(value: object, reader: ArrayReader, where: str) -> dict[str, Slopes]:
     result = {}
-    for name, pair in _object(value, where).items():
+    for name, pair in entries(value, where).items():
         low, high = fields(pair, ("lower", "upper"), where)
         result[name] = Slopes(
             lower=None if low is None else reader.read(low, where),
@@ -297,7 +222,7 @@ def _decode_proof(value: object, reader: ArrayReader, where: str) -> ProofTree:
         split_value=reader.read(values, f"{where}.split_value"),
         rows=reader.read(rows, f"{where}.rows"),
         tighten=reader.read(tighten, f"{where}.tighten"),
-        plan=tuple(_text(name, f"{where}.plan") for name in _list(plan, f"{where}.plan")),
+        plan=tuple(text(name, f"{where}.plan") for name in items(plan, f"{where}.plan")),
         slopes=_decode_slopes(slopes, reader, f"{where}.slopes"),
         tighten_slopes=_decode_slopes(tighten_slopes, reader, f"{where}.tighten_slopes"),
     )

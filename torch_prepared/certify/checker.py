@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from torch_prepared.certify.certificate import Certificate, property_digest, weights_digest
-from torch_prepared.certify.encoding import digest
+from torch_prepared.certify.certificate import Certificate, property_digest
+from torch_prepared.certify.envelope import match_network
 from torch_prepared.certify.network import CheckedNetwork, read_network
 from torch_prepared.certify.operators import Arithmetic
 from torch_prepared.certify.parallel import run_in_processes
@@ -156,16 +156,7 @@ def match_certificate(
     certificate: Certificate, network: NetworkRecord, properties: Sequence[PropertyRecord]
 ) -> None:
     """Refuse a certificate about something else."""
-    if certificate.structure_digest != digest(network.structure):
-        raise CertificateError(
-            "certificate: made for a network of another structure; certify this network instead"
-        )
-    actual = weights_digest(network.weights)
-    if certificate.weights_digest != actual:
-        raise CertificateError(
-            f"certificate: made for weights {certificate.weights_digest[:12]}...; this network "
-            f"has {actual[:12]}...; certify this network instead"
-        )
+    match_network(network, certificate.structure, certificate.weights_digest)
     if len(certificate.properties) != len(properties):
         raise CertificateError(
             f"certificate: {len(certificate.properties)} properties; expected {len(properties)}"

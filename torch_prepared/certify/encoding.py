@@ -24,8 +24,13 @@ __all__ = [
     "canonical",
     "digest",
     "encode_array",
+    "entries",
     "fields",
+    "items",
+    "number",
     "read_json",
+    "text",
+    "texts",
     "write_json",
 ]
 
@@ -34,6 +39,7 @@ MAX_ARRAY_BYTES = 2**30
 MAX_DEPTH = 64
 _DTYPES = {"bool", "int32", "int64", "float16", "float32", "float64"}
 _MAX_AXES = 8
+_MAX_ITEMS = 100_000
 
 
 def canonical(value: object) -> bytes:
@@ -66,6 +72,44 @@ def fields(value: object, names: tuple[str, ...], where: str) -> list[object]:
         strange = sorted(set(value) ^ set(names))[0]
         raise CertificateError(f"{where}: field {strange!r} is missing or unknown")
     return [value[name] for name in names]
+
+
+def text(value: object, where: str) -> str:
+    """The value, which must be text."""
+    if not isinstance(value, str):
+        raise CertificateError(f"{where}: got {type(value).__name__}; expected text")
+    return value
+
+
+def number(value: object, where: str) -> float:
+    """A finite number, or infinity written as ``"inf"``."""
+    if value == "inf":
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CertificateError(f"{where}: got {value!r}; expected a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise CertificateError(f"{where}: an integer beyond float64; expected less") from error
+
+
+def items(value: object, where: str) -> list[object]:
+    """The value, which must be a list of bounded length."""
+    if not isinstance(value, list) or len(value) > _MAX_ITEMS:
+        raise CertificateError(f"{where}: expected a list of at most {_MAX_ITEMS} items")
+    return value
+
+
+def entries(value: object, where: str) -> dict[str, object]:
+    """The value, which must be an object of bounded size."""
+    if not isinstance(value, dict) or len(value) > _MAX_ITEMS:
+        raise CertificateError(f"{where}: expected an object of at most {_MAX_ITEMS} fields")
+    return value
+
+
+def texts(value: object, where: str) -> dict[str, str]:
+    """An object of bounded size with nothing but text in it."""
+    return {key: text(entry, where) for key, entry in entries(value, where).items()}
 
 
 def encode_array(array: np.ndarray) -> dict[str, object]:

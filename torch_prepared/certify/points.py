@@ -8,7 +8,6 @@ every float32 evaluation in any order of summation.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +17,18 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from torch_prepared.certify.certificate import weights_digest
 from torch_prepared.certify.checker import Verdict
 from torch_prepared.certify.dyadic import evaluate_dyadic
 from torch_prepared.certify.encoding import (
     ArrayReader,
     digest,
     encode_array,
+    entries,
     fields,
-    read_json,
-    write_json,
+    text,
+    texts,
 )
+from torch_prepared.certify.envelope import Envelope, match_network, weights_digest
 from torch_prepared.certify.exact import evaluate_exactly
 from torch_prepared.certify.network import read_network
 from torch_prepared.certify.operators import Arithmetic, Enclosure
@@ -39,12 +39,9 @@ from torch_prepared.errors import CertificateError, UnsupportedOperationError
 __all__ = ["POINTS_FORMAT", "PointCertificate", "PointCheck", "PointClaims", "check_points"]
 
 POINTS_FORMAT = "torch_prepared.points"
-POINTS_VERSION = 1
-_FIELDS = ("format", "version", "structure", "weights_digest", "claims", "manifest")
 _ARRAYS = ("inputs", "rows", "offset", "point", "clause")
 _CHUNK = 256
 Score = TypeVar("Score", Fraction, float)
-_MAX_MANIFEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class PointClaims:
 
 
 @dataclass(frozen=True)
-class PointCertificate:
+class PointCertificate(Envelope):
     """A claim about a network at finitely many points; only ``check_points`` gives a verdict.
 
     Args:
@@ -141,6 +138,8 @@ class PointCertificate:
         claims: what is claimed.
         manifest: free text by key about the edit, outside of any claim.
     """
+
+    FORMAT = POINTS_FORMAT
 
     structure: Mapping[str, object]
     weights_digest: str
@@ -157,55 +156,24 @@ class PointCertificate:
         """The certificate that claims ``claims`` of ``network``."""
         return cls(network.structure, weights_digest(network.weights), claims, manifest or {})
 
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON data with a digest of all the rest."""
-        data: dict[str, object] = {
-            "format": POINTS_FORMAT,
-            "version": POINTS_VERSION,
+    def _content(self) -> dict[str, object]:
+        return {
             "structure": dict(self.structure),
             "weights_digest": self.weights_digest,
             "claims": self.claims.to_json(),
             "manifest": dict(self.manifest),
         }
-        return {**data, "digest": digest(data)}
 
     @classmethod
-    def from_json(cls, data: object) -> PointCertificate:
-        """Read plain JSON data that is not trusted.
-
-        Raises:
-            CertificateError: altered, of another version, malformed or too large.
-        """
-        values = fields(data, (*_FIELDS, "digest"), "certificate")
-        content = dict(zip(_FIELDS, values[:-1], strict=True))
-        if content["format"] != POINTS_FORMAT or content["version"] != POINTS_VERSION:
-            raise CertificateError(
-                f"certificate: format {content['format']!r}, version {content['version']!r}; "
-                f"expected {POINTS_FORMAT!r}, version {POINTS_VERSION}"
-            )
-        if values[-1] != digest(content):
-            raise CertificateError("certificate: content digest differs; the file was altered")
-        structure, stored, manifest = (
-            content["structure"],
-            content["weights_digest"],
-            content["manifest"],
+    def _from_content(cls, content: Mapping[str, object]) -> PointCertificate:
+        names = ("structure", "weights_digest", "claims", "manifest")
+        structure, stored, claims, manifest = fields(content, names, "certificate")
+        return cls(
+            entries(structure, "structure"),
+            text(stored, "weights_digest"),
+            PointClaims.from_json(claims),
+            texts(manifest, "manifest"),
         )
-        if not isinstance(structure, Mapping) or not isinstance(stored, str):
-            raise CertificateError("certificate: structure or weights digest is malformed")
-        if not isinstance(manifest, Mapping) or len(manifest) > _MAX_MANIFEST:
-            raise CertificateError("certificate: manifest is no object of bounded size")
-        if not all(isinstance(v, str) for v in manifest.values()):
-            raise CertificateError("certificate: a manifest entry is no text")
-        return cls(structure, stored, PointClaims.from_json(content["claims"]), manifest)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to ``path`` (``.json`` or ``.json.gz``), all or nothing."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PointCertificate:
-        """Read a file that is not trusted; see :meth:`from_json`."""
-        return cls.from_json(read_json(path))
 
 
 @dataclass(frozen=True)
@@ -268,14 +236,7 @@ def check_points(
     deadline = math.inf if time_limit is None else start + time_limit
     if arithmetic not in ("real", "float32"):
         raise CertificateError(f"arithmetic: got {arithmetic!r}; expected 'real' or 'float32'")
-    if digest(certificate.structure) != digest(network.structure):
-        raise CertificateError("certificate: made for a network of another structure")
-    actual = weights_digest(network.weights)
-    if certificate.weights_digest != actual:
-        raise CertificateError(
-            f"certificate: made for weights {certificate.weights_digest[:12]}...; this network "
-            f"has {actual[:12]}...; certify this network instead"
-        )
+    match_network(network, certificate.structure, certificate.weights_digest)
     if certificate.claims.digest != claims.digest:
         raise CertificateError("certificate: proves other claims than the examples given")
     checked = read_network(network)

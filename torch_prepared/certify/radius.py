@@ -9,7 +9,6 @@ that no coordinate needs to be trusted; every test is computed anew.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,17 @@ from fractions import Fraction
 
 import numpy as np
 
-from torch_prepared.certify.certificate import weights_digest
 from torch_prepared.certify.checker import Verdict
 from torch_prepared.certify.encoding import (
     ArrayReader,
-    digest,
     encode_array,
+    entries,
     fields,
-    read_json,
-    write_json,
+    items,
+    number,
+    text,
 )
+from torch_prepared.certify.envelope import Envelope, match_network, weights_digest
 from torch_prepared.certify.pairs import BoxTree, PairTests, Step, distance_below
 from torch_prepared.certify.records import NetworkRecord
 from torch_prepared.certify.rounding import FloatArray, IntArray
@@ -35,8 +35,7 @@ from torch_prepared.errors import CertificateError
 __all__ = ["RADIUS_FORMAT", "RadiusCertificate", "RadiusCheck", "RadiusClaim", "check_radius"]
 
 RADIUS_FORMAT = "torch_prepared.radius"
-RADIUS_VERSION = 1
-_FIELDS = ("format", "version", "networks", "claim", "lower", "upper", "directions", "steps")
+_ARRAYS = ("lower", "upper", "directions", "steps")
 _CLAIM = ("center", "radius", "norm", "lower", "upper", "anchor", "tolerance")
 _PAIRS = 4096  # pairs between two looks at the clock
 
@@ -134,17 +133,17 @@ class RadiusClaim:
         center, radius, norm, lower, upper, anchor, tolerance = fields(data, _CLAIM, "claim")
         return cls(
             reader.read(center, "claim.center"),
-            _number(radius, "claim.radius"),
-            math.inf if norm == "inf" else _number(norm, "claim.norm"),
+            number(radius, "claim.radius"),
+            number(norm, "claim.norm"),
             reader.read(lower, "claim.lower"),
             reader.read(upper, "claim.upper"),
             None if anchor is None else reader.read(anchor, "claim.anchor"),
-            _number(tolerance, "claim.tolerance"),
+            number(tolerance, "claim.tolerance"),
         )
 
 
 @dataclass(frozen=True)
-class RadiusCertificate:
+class RadiusCertificate(Envelope):
     """A claim with its proof; only :func:`check_radius` turns it into a verdict.
 
     Args:
@@ -155,6 +154,8 @@ class RadiusCertificate:
         directions: (k, m) along which outputs of the first network are compared.
         steps: (pairs,) int32 of :class:`Step`, pairs of the tree level by level.
     """
+
+    FORMAT = RADIUS_FORMAT
 
     networks: tuple[tuple[Mapping[str, object], str], ...]
     claim: RadiusClaim
@@ -191,57 +192,25 @@ class RadiusCertificate:
         named = tuple((n.structure, weights_digest(n.weights)) for n in networks)
         return cls(named, claim, lower, upper, directions, np.asarray(steps, dtype=np.int32))
 
-    def to_json(self) -> dict[str, object]:
-        """Plain JSON data with a digest of all the rest."""
-        data: dict[str, object] = {
-            "format": RADIUS_FORMAT,
-            "version": RADIUS_VERSION,
+    def _content(self) -> dict[str, object]:
+        return {
             "networks": [{"structure": dict(s), "weights_digest": w} for s, w in self.networks],
             "claim": self.claim.to_json(),
-            "lower": encode_array(self.lower),
-            "upper": encode_array(self.upper),
-            "directions": encode_array(self.directions),
-            "steps": encode_array(self.steps),
+            **{name: encode_array(getattr(self, name)) for name in _ARRAYS},
         }
-        return {**data, "digest": digest(data)}
 
     @classmethod
-    def from_json(cls, data: object) -> RadiusCertificate:
-        """Read plain JSON data that is not trusted.
-
-        Raises:
-            CertificateError: altered, of another version, malformed or too large.
-        """
-        values = fields(data, (*_FIELDS, "digest"), "certificate")
-        content = dict(zip(_FIELDS, values[:-1], strict=True))
-        if content["format"] != RADIUS_FORMAT or content["version"] != RADIUS_VERSION:
-            raise CertificateError(
-                f"certificate: format {content['format']!r}, version {content['version']!r}; "
-                f"expected {RADIUS_FORMAT!r}, version {RADIUS_VERSION}"
-            )
-        if values[-1] != digest(content):
-            raise CertificateError("certificate: content digest differs; the file was altered")
-        if not isinstance(content["networks"], list) or len(content["networks"]) > 2:
-            raise CertificateError("certificate: expected a list of one or two networks")
+    def _from_content(cls, content: Mapping[str, object]) -> RadiusCertificate:
+        names = ("networks", "claim", *_ARRAYS)
+        listed, claim, *arrays = fields(content, names, "certificate")
         networks = []
-        for item in content["networks"]:
+        for item in items(listed, "networks"):
             structure, stored = fields(item, ("structure", "weights_digest"), "networks")
-            if not isinstance(structure, Mapping) or not isinstance(stored, str):
-                raise CertificateError("certificate: structure or weights digest is malformed")
-            networks.append((structure, stored))
+            networks.append((entries(structure, "structure"), text(stored, "weights_digest")))
         reader = ArrayReader()
-        claim = RadiusClaim.from_json(content["claim"], reader)
-        arrays = [reader.read(content[name], name) for name in _FIELDS[4:]]
-        return cls(tuple(networks), claim, *arrays)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to ``path`` (``.json`` or ``.json.gz``), all or nothing."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> RadiusCertificate:
-        """Read a file that is not trusted; see :meth:`from_json`."""
-        return cls.from_json(read_json(path))
+        judged = RadiusClaim.from_json(claim, reader)
+        read = [reader.read(array, name) for array, name in zip(arrays, _ARRAYS, strict=True)]
+        return cls(tuple(networks), judged, *read)
 
 
 @dataclass(frozen=True)
@@ -307,14 +276,7 @@ def _match(certificate: RadiusCertificate, networks: Sequence[NetworkRecord]) ->
             f"certificate: speaks of {len(certificate.networks)} networks; got {len(networks)}"
         )
     for network, (structure, stored) in zip(networks, certificate.networks, strict=True):
-        if digest(structure) != digest(network.structure):
-            raise CertificateError("certificate: made for a network of another structure")
-        actual = weights_digest(network.weights)
-        if stored != actual:
-            raise CertificateError(
-                f"certificate: made for weights {stored[:12]}...; this network has "
-                f"{actual[:12]}...; certify this network instead"
-            )
+        match_network(network, structure, stored)
 
 
 def _fit(certificate: RadiusCertificate, tests: PairTests) -> None:
@@ -384,12 +346,6 @@ def _outside(claim: RadiusClaim, tree: BoxTree, x: IntArray, y: IntArray) -> np.
         other = distance_below(claim.center, claim.norm, tree.lower[y], tree.upper[y])
         reach = np.maximum(reach, other)
     return np.asarray(reach >= claim.radius)
-
-
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CertificateError(f"{where}: got {value!r}; expected a number")
-    return float(value)
 
 
 def _numbers(values: FloatArray) -> str:

@@ -6,35 +6,17 @@ import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torch_prepared.cluster import _shards
-from torch_prepared.cluster._shards import NOTHING, Operation
+from torch_prepared.cluster._ranks import Ranks
+from torch_prepared.cluster._shards import NOTHING
 from torch_prepared.edit._distance import Distance, Rows
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 
-__all__ = ["Ranks", "SharedMargins"]
-
-
-class Ranks(Protocol):
-    """How the leader reaches all ranks."""
-
-    def call(
-        self,
-        operation: Operation,
-        shared: Sequence[Tensor],
-        parts: Sequence[Sequence[Tensor]] | None = None,
-    ) -> list[list[Tensor]]:
-        """What every rank tells when all run ``operation``, rank i on ``shared`` and part i."""
-
-    def number(self) -> int:
-        """A new name for rows."""
-
-    def forget(self, number: int) -> None:
-        """Note that nobody needs the rows of this name any more."""
+__all__ = ["SharedMargins"]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,9 @@ from torch_prepared.certify import (
 from torch_prepared.certify.certificate import property_digest
 from torch_prepared.certify.encoding import digest
 from torch_prepared.cluster import _shards
-from torch_prepared.cluster._group import Group, join_group
-from torch_prepared.cluster._shards import OPERATIONS, Operation, Shards, blocks
+from torch_prepared.cluster._group import join_group
+from torch_prepared.cluster._ranks import Ranks
+from torch_prepared.cluster._shards import Shards, blocks
 from torch_prepared.cluster._shared import SharedMargins
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
@@ -47,34 +47,18 @@ TOLD = "told by rank 0"
 """Note on errors that the leader raised, and reports itself."""
 
 Result = EditResult[nn.Module | OnnxNetwork | Graph]
-_BEAT, _OVER = -1, -2  #: messages that are no operations
-_BEATS = 4  #: signs of life per time-out
 
 
-class RankTeam(Team):
-    """The ranks of a group as a team; see :func:`join_team`.
+class RankTeam(Ranks, Team):
+    """The ranks of a group as a team, with the attributes of ``Ranks``; see :func:`join_team`.
 
     Args:
         group: all ranks.
-
-    Attributes:
-        leads: whether this rank makes the decisions, and should be the one to print and write.
-        shared_seconds: CPU seconds that this rank spent in operations shared by all.
-        slowest_seconds: likewise of the slowest rank in each operation, known to the leader.
     """
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self.shared_seconds = self.slowest_seconds = 0.0
-        self._shards: Shards | None = None
-        self._turn = threading.Lock()
-        self._broken = False
-        self._numbers = 0
-        self._dead: list[int] = []
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0."""
+        """Whether this is rank 0, which makes the decisions, and should print and write."""
         return not self.group.rank
 
     def run(self, task: Task) -> Result:
@@ -87,7 +71,7 @@ class RankTeam(Team):
         self._shards = Shards(task, self.group)
         told = self.group.gather([_identity(task)])
         if not self.leads:
-            return self._help(task)
+            return _received(task, self._answer())
         try:
             strangers = [i for i, (name,) in enumerate(told) if not torch.equal(name, told[0][0])]
             if strangers:
@@ -157,106 +141,12 @@ class RankTeam(Team):
         check = CheckResult(status, checks, time.monotonic() - clock, "real")
         return Certified(whole, check)
 
-    # The leader's side of messages
-
-    def call(
-        self,
-        operation: Operation,
-        shared: Sequence[Tensor],
-        parts: Sequence[Sequence[Tensor]] | None = None,
-    ) -> list[list[Tensor]]:
-        """Run an operation in all ranks; what each of them tells.
-
-        Raises:
-            ClusterError: a rank is gone or silent.
-        """
-        dead, self._dead = self._dead, []
-        if dead and operation is not _shards.forget:
-            self.call(_shards.forget, [torch.tensor(dead)])
-        with self._turn:
-            if self._broken or self._shards is None:
-                raise ClusterError("the group was broken off; expected to start anew")
-            self._broken = True  # until all is told: an interruption leaves ranks out of step
-            self.group.announce(OPERATIONS.index(operation), shared)
-            mine = self.group.scatter(parts or [[]] * self.group.size)
-            told = self.group.gather(self._timed(operation, list(shared), mine))
-            self._broken = False
-        self.slowest_seconds += max(float(values[-1]) for values in told)
-        return [values[:-1] for values in told]
-
-    def number(self) -> int:
-        """A new name for rows."""
-        self._numbers += 1
-        return self._numbers
-
-    def forget(self, number: int) -> None:
-        """Have the rows of this name dropped with the next message."""
-        self._dead.append(number)
-
-    def _timed(
-        self, operation: Operation, shared: list[Tensor], mine: list[Tensor]
-    ) -> list[Tensor]:
-        """What this rank tells, and the CPU seconds it took."""
-        if self._shards is None:
-            raise ClusterError("operation: got no task; expected `run` to be called first")
-        clock = time.thread_time()
-        told = operation(self._shards, shared, mine)
-        spent = time.thread_time() - clock
-        self.shared_seconds += spent
-        return [*told, torch.tensor([spent], dtype=torch.float64)]
-
-    def _end(self, result: Sequence[Tensor]) -> None:
-        """Dismiss the helpers with the result, if they can still be reached."""
-        with self._turn:
-            if not self._broken:
-                self._broken = True
-                self.group.announce(_OVER, result)
-                self._broken = False
-
-    @contextmanager
-    def _beating(self) -> Iterator[None]:
-        """Tell the helpers now and then that the leader is alive, while it works alone."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(self.group.timeout / _BEATS):
-                with self._turn:
-                    if self._broken:
-                        return
-                    try:
-                        self.group.announce(_BEAT, [])
-                    except ClusterError:  # the next message fails as well, and says so
-                        self._broken = True
-                        return
-
-        thread = threading.Thread(target=beat, daemon=True)
-        if self.group.size > 1:
-            thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            if thread.is_alive():
-                thread.join()
-
     def _positions(self, properties: Sequence[Property]) -> Tensor:
         """Where properties stand in the task, (b,) int64."""
         if self._shards is None:
             raise ClusterError("properties: got no task; expected `run` to be called first")
         places = {id(p): i for i, p in enumerate(self._shards.task.every)}
         return torch.tensor([places[id(p)] for p in properties], dtype=torch.int64)
-
-    # The helpers' side
-
-    def _help(self, task: Task) -> Result:
-        """Answer the leader until it is done."""
-        while True:
-            code, shared = self.group.announce(0, [])
-            if code == _OVER:
-                return _received(task, shared)
-            if code != _BEAT:
-                operation = OPERATIONS[code]
-                self.group.gather(self._timed(operation, shared, self.group.scatter([])))
 
 
 @contextmanager
