@@ -75,7 +75,8 @@ def _peer(case: Case) -> Solver:
     distance = x - target
     objective = 0.5 * cp.sum_squares(distance) if case.kind == "projection" else cp.norm1(distance)
     problem = cp.Problem(cp.Minimize(objective), [rows @ x <= rhs])
-    settings: dict[str, object] = {"n_jobs_forward": 2, "n_jobs_backward": 2}
+    # As many workers as our solver has threads.
+    settings: dict[str, object] = dict.fromkeys(("n_jobs_forward", "n_jobs_backward"), case.threads)
     settings["solve_method"] = case.method.upper()
     layer = CvxpyLayer(problem, parameters=[target, rows, rhs], variables=[x])
     return lambda p, a, b: layer(p, a, b, solver_args=settings)[0]

@@ -18,7 +18,14 @@ from torch_prepared.solvers._complementarity import interior_point
 from torch_prepared.solvers._result import Status
 from torch_prepared.solvers.projection import project
 
-__all__ = ["CODES", "Duals", "batch_indices", "compress", "solve_duals", "take_block"]
+__all__ = [
+    "CODES",
+    "Duals",
+    "batch_indices",
+    "compress",
+    "solve_duals",
+    "take_block",
+]
 
 CODES = (Status.OPTIMAL, Status.INFEASIBLE, Status.UNKNOWN)  #: meaning of ``Duals.code``
 _OPTIMAL, _INFEASIBLE, _UNKNOWN = range(3)
@@ -26,6 +33,7 @@ _RESIDUAL_TOLERANCE = 1e-10  #: KKT residual at which a dual counts as solved
 _FARTHEST = 1e4  #: a step this many times longer than the way to one half-space: infeasible
 _LENGTH_NOISE = 2e-8  #: rounding of |J^T ray| relative to the sum of |ray_i J_i|
 _CENTRAL_ACCURACY = 1e-14  #: mean complementarity at which an interior-point run ends
+_CENTRAL_FIRST, _CENTRAL_RATIO = 4e-6, 1e-2  #: where pivoting is tried on the way
 _FAINT = 1e-4  #: share of a ray's largest entry below which a row is noise
 _PIVOTS = 12
 _PATIENCE = 3  #: block swaps without progress before giving up
@@ -77,10 +85,11 @@ def solve_duals(
     target = torch.where(dead, -1.0, q * scale)
     size = torch.where(asks & ~dead, target.abs(), 0.0).amax(1, keepdim=True)
     target = target / torch.where(size > 0.0, size, 1.0)
-    unit = gram * scale[:, :, None] * scale[:, None, :]
+    unit = (gram * scale[:, :, None]).mul_(scale[:, None, :])
     unit.diagonal(dim1=1, dim2=2).add_(dead.to(unit))
     free = None if equal is None or not bool(equal.any()) else equal & ~dead.all(0)
-    scaled_rows = None if rows is None else rows * scale[:, :, None]
+    wide = rows is None or rows.shape[2] >= rows.shape[1]
+    scaled_rows = None if rows is None or wide else rows * scale[:, :, None]
     found = _solve_unit(unit, target, free, scaled_rows, start)
     idle = size[:, 0] == 0.0
     blocked = stuck.any(1)
@@ -106,34 +115,70 @@ def _solve_unit(
         torch.full_like(q[:, 0], torch.inf), torch.zeros_like(q),
     )  # fmt: skip
     guess = q > 0.0 if start is None else start
-    # Pivoting hopes for independent rows: pointless where more rows than columns are violated.
-    hopeful = guess.sum(1) <= (gram.shape[1] if rows is None else rows.shape[2])
+    # Pivoting hopes for independent rows: in vain where rows are many and many of them violated.
+    hopeful = guess.sum(1) <= (gram.shape[1] if rows is None else rows.shape[2] // 2)
     first = hopeful.nonzero()[:, 0]
     if len(first):
         x, residual = _pivot(gram[first], q[first], free, guess[first])
         _record(found, first, x, residual)
     left = (found.code == _UNKNOWN).nonzero()[:, 0]
     if len(left):
-        part, part_q = gram[left], q[left]
-        part_rows = None if rows is None else rows[left]
-        x = interior_point(
-            part, part_q, lambda point: is_ray(part, part_q, point),
-            free=free, rows=part_rows, accuracy=_CENTRAL_ACCURACY,
-        )  # fmt: skip
-        refuted = is_ray(part, part_q, x)
-        slack = (part @ x[:, :, None])[:, :, 0] - part_q
-        guess = x > slack if free is None else (x > slack) | free
-        central = torch.where(guess, x, 0.0)
-        _record(found, left, central, _residual(part, part_q, central, free))
-        x_exact, residual = _pivot(part, part_q, free, guess)
-        _record(found, left, x_exact, residual)
-        open_ray = refuted & (found.code[left] == _UNKNOWN)
-        found.code[left[open_ray]] = _INFEASIBLE
-        for i in open_ray.nonzero()[:, 0].tolist():
-            found.ray[left[i]] = _purified(part[i], part_q[i], x[i], free)
+        _Central(found, left, gram, q, free, rows).run()
     for sample in (found.code == _UNKNOWN).nonzero()[:, 0].tolist():
         _solve_single(found, sample, gram[sample], q[sample], free)
     return found
+
+
+class _Central:
+    """An interior-point run on the samples ``left``, left early for an exact active set."""
+
+    def __init__(
+        self, found: Duals, left: Tensor, gram: Tensor, q: Tensor, free: Tensor | None,
+        rows: Tensor | None,
+    ) -> None:  # fmt: skip
+        everything = len(left) == len(q)
+        self.found, self.left, self.free = found, left, free
+        self.gram, self.q = (gram, q) if everything else (gram[left], q[left])
+        self.rows = rows if rows is None or everything else rows[left]
+        self.tries = torch.zeros_like(left)
+
+    def run(self) -> None:
+        """Record what comes out of it."""
+        found, left = self.found, self.left
+        x = interior_point(
+            self.gram, self.q, self._ends, free=self.free, rows=self.rows,
+            accuracy=_CENTRAL_ACCURACY,
+        )  # fmt: skip
+        everyone = (found.code[left] == _UNKNOWN).nonzero()[:, 0]
+        image = (self.gram @ x[:, :, None])[:, :, 0]
+        self._identify(everyone, x, image - self.q)
+        refuted = is_ray(image, self.q, x) & (found.code[left] == _UNKNOWN)
+        found.code[left[refuted]] = _INFEASIBLE
+        for i in refuted.nonzero()[:, 0].tolist():
+            found.ray[left[i]] = _purified(self.gram[i], self.q[i], x[i], self.free)
+
+    def _ends(self, x: Tensor, image: Tensor) -> Tensor:
+        """Samples that need no more iterations: a ray, or settled by pivoting from here, (b,)."""
+        slack = image - self.q
+        mean = (x * slack).abs().mean(1)
+        accuracy = _CENTRAL_FIRST * _CENTRAL_RATIO ** self.tries.to(x)
+        ready = (mean <= accuracy) & (self.found.code[self.left] == _UNKNOWN)
+        self.tries += ready.to(self.tries)
+        self._identify(ready.nonzero()[:, 0], x, slack)
+        return is_ray(image, self.q, x) | (self.found.code[self.left] != _UNKNOWN)
+
+    def _identify(self, which: Tensor, x: Tensor, slack: Tensor) -> None:
+        """Settle the samples ``which`` by the rows that matter more than they are slack."""
+        if not len(which):
+            return
+        index = self.left[which]
+        every = len(which) == len(self.q)
+        gram, q = (self.gram, self.q) if every else (self.gram[which], self.q[which])
+        guess = x[which] > slack[which]
+        guess = guess if self.free is None else guess | self.free
+        central = torch.where(guess, x[which], 0.0)
+        _record(self.found, index, central, _residual(gram, q, central, self.free))
+        _record(self.found, index, *_pivot(gram, q, self.free, guess))
 
 
 def _purified(gram: Tensor, q: Tensor, ray: Tensor, free: Tensor | None) -> Tensor:
@@ -180,9 +225,12 @@ def _solve_single(found: Duals, sample: int, gram: Tensor, q: Tensor, free: Tens
         found.ray[sample] = torch.from_numpy(ray).to(q)
 
 
-def is_ray(gram: Tensor, q: Tensor, ray: Tensor) -> Tensor:
-    """Per sample, whether ``q @ ray`` exceeds ``|J^T ray|`` too far for a sensible step, (b,)."""
-    squared = (ray * (gram @ ray[:, :, None])[:, :, 0]).sum(1)
+def is_ray(image: Tensor, q: Tensor, ray: Tensor) -> Tensor:
+    """Per sample, whether ``q @ ray`` exceeds ``|J^T ray|`` too far for a sensible step, (b,).
+
+    ``image`` is ``G ray``, (b, m), with ``|J^T ray|^2 = ray @ G ray``.
+    """
+    squared = (ray * image).sum(1)
     length = torch.maximum(squared.clamp_min(0.0).sqrt(), _LENGTH_NOISE * ray.abs().sum(1))
     return (q * ray).sum(1) > _FARTHEST * length.clamp_min(torch.finfo(q.dtype).tiny)
 
@@ -203,7 +251,8 @@ def _pivot(gram: Tensor, q: Tensor, free: Tensor | None, active: Tensor) -> tupl
     for _ in range(_PIVOTS):
         if not len(index):
             break
-        part, target, on = gram[index], q[index], active[index]
+        whole = len(index) == len(q)
+        part, target, on = gram if whole else gram[index], q[index], active[index]
         x, slack = _restricted(part, target, on)
         noise = 1e-14 * x.abs().amax(1, keepdim=True).clamp_min(1.0)
         wrong = torch.where(on, (x < -noise) & ~bound, ~(slack >= -noise))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_prepared.solvers._batched_dual import batch_indices, compress
 from torch_prepared.solvers._batched_separable import SeparableBatch, times, transposed
 
-__all__ = ["Exact", "solve_exactly"]
+__all__ = ["Exact", "keep_better", "solve_exactly", "solve_vertex"]
 
 _OUTER, _INNER, _SEARCH = 25, 25, 12
 _FLATTER = 0.5  #: share of the slope that a line search leaves
@@ -89,8 +89,10 @@ def solve_exactly(
             break
         x, s, free, moving, settled = _newton(step)
         y = torch.where(step.batch.equal, step.y, step.y.clamp_min(0.0))
-        _keep_better(best, left, step.batch, x, y, free, ~moving)
-        _keep_better(best, left, step.batch, *_vertex(step.batch, x, free, ~moving), free, ~moving)
+        keep_better(best, left, step.batch, x, y, free, ~moving)
+        keep_better(
+            best, left, step.batch, *solve_vertex(step.batch, x, free, ~moving), free, ~moving
+        )
         # A step whose dual was not minimized was too long: back to the best point, shorter.
         went = settled[:, None]
         x, y = torch.where(went, x, best.x[left]), torch.where(went, step.y, best.y[left])
@@ -108,10 +110,11 @@ def _slack(batch: SeparableBatch, x: Tensor) -> Tensor:
     return torch.where(batch.equal, 0.0, (batch.rhs - times(batch.rows, x)).clamp_min(0.0))
 
 
-def _keep_better(
+def keep_better(
     best: Exact, left: Tensor, batch: SeparableBatch, x: Tensor, y: Tensor, free: Tensor,
     tight: Tensor,
 ) -> None:  # fmt: skip
+    """Put into ``best``, at the samples ``left``, the points of smaller residual."""
     residual = batch.optimality(x, y)
     better = residual < best.residual[left]
     index = left[better]
@@ -120,7 +123,9 @@ def _keep_better(
     best.active[index] = (tight & (batch.equal | (y > 0.0)))[better]
 
 
-def _vertex(batch: SeparableBatch, x: Tensor, free: Tensor, tight: Tensor) -> tuple[Tensor, Tensor]:
+def solve_vertex(
+    batch: SeparableBatch, x: Tensor, free: Tensor, tight: Tensor
+) -> tuple[Tensor, Tensor]:
     """Solve for the free columns and the tight rows where they are equally many, no curvature.
 
     Returns:
@@ -140,8 +145,9 @@ def _vertex(batch: SeparableBatch, x: Tensor, free: Tensor, tight: Tensor) -> tu
     slope = batch.cost + batch.weight * (x - batch.center).sign()
     rhs = torch.where(valid, rhs, 0.0)
     slope = torch.where(valid, slope.gather(1, columns), 0.0)
-    inner = torch.linalg.solve_ex(block, rhs[:, :, None])[0][:, :, 0]
-    price = torch.linalg.solve_ex(block.mT, -slope[:, :, None])[0][:, :, 0]
+    factor, pivots, _ = torch.linalg.lu_factor_ex(block)
+    inner = torch.linalg.lu_solve(factor, pivots, rhs[:, :, None])[:, :, 0]
+    price = torch.linalg.lu_solve(factor, pivots, -slope[:, :, None], adjoint=True)[:, :, 0]
     x = torch.where(free, 0.0, x).scatter_add(1, columns, torch.where(valid, inner, 0.0))
     y = torch.zeros_like(batch.rhs).scatter_add(1, rows, torch.where(valid, price, 0.0))
     y = torch.where(batch.equal | (y > 0.0), y, 0.0)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.solvers._batched_adjoint import Adjoint
+from torch_prepared.solvers._batched_interior import run_interior
 from torch_prepared.solvers._batched_newton import Exact, solve_exactly
 from torch_prepared.solvers._batched_report import BatchReport, OnFailure, relative_violation
 from torch_prepared.solvers._batched_separable import SeparableBatch, times, transposed
@@ -42,7 +43,11 @@ _STAGES = (
     (PDHGSettings(1e-5, 6000), 25),
 )  #: first-order settings and proximal-point steps, tried in turn on what is still open
 _FEW_ROWS = PDHGSettings(1e-2, 400)  #: a rougher start suffices with far fewer rows than columns
+_NONE = PDHGSettings(torch.inf, 0)  #: no first-order phase: after a warm start
 _BOLD_STEP = 30.0  #: likewise
+_SETTLED = 1e-10  #: residual that leaves nothing to do
+_POLISH = 8  #: proximal-point steps on what interior points leave open
+_CACHE, _MEMORY = 2**25, 2**30  #: bytes of samples treated at a time on a CPU, elsewhere
 _FARTHEST = 1e4  #: a solution this many times farther than the data reach: infeasible
 _OPEN = 1e-9  #: coefficient of an open column that is rounding, relative to the ray's scale
 
@@ -75,12 +80,16 @@ def solve_batch(
     ray = work.rhs.new_zeros(count, m)
     found = _first_guess(work, start)
     left = usable.nonzero()[:, 0]
+    if start is not None and len(left):
+        left = _stage(work, found, left, _NONE, _POLISH)
+    if len(left):
+        left = _interior(work, found, left, status, ray)
     for stage, (settings, outer) in enumerate(_STAGES):
-        rough = _FEW_ROWS if stage == 0 and 8 * m <= n else settings
-        left = _stage(work, found, left, rough, outer)
-        left = _refute(work, found, left, status, ray)
         if not len(left):
             break
+        rough = _FEW_ROWS if stage == 0 and 8 * m <= n else settings
+        left = _stage(work, found, left, rough, outer)
+        left = _refute(work, found.y[left], left, status, ray)
     if fallback:
         for sample in left.tolist():
             status[sample] = _single(work, found, sample, ray)
@@ -119,7 +128,38 @@ def _stage(
     bold = _BOLD_STEP if settings is _FEW_ROWS else 1.0
     exact = solve_exactly(scaled, rough.x, rough.y, outer, bold)
     _store(batch, found, left, exact, exact.x * column, exact.y * row * objective)
-    return left[found.residual[left] > 1e-10]
+    return left[found.residual[left] > _SETTLED]
+
+
+def _interior(
+    batch: SeparableBatch, found: Exact, left: Tensor, status: list[Status], ray: Tensor
+) -> Tensor:
+    """Interior points and the vertices they suggest, some samples at a time; who is left."""
+    _, m, n = batch.size
+    small = batch.rhs.device.type == "cpu"
+    each = 8 * (3 * m * n + 2 * min(m, n) ** 2 + 40 * n)
+    size = max(1, (_CACHE if small else _MEMORY) // each)
+    rest = [left[:0]]
+    for part in left.split(size):
+        scaled, column, row, objective = batch.take(part).scaled()
+        exact, last = run_interior(scaled, found.x[part] / column, _SETTLED)
+        _store(batch, found, part, exact, exact.x * column, exact.y * row * objective)
+        open_ = found.residual[part] > _SETTLED
+        if bool(open_.any()):
+            polished = solve_exactly(
+                scaled.take(open_.nonzero()[:, 0]),
+                exact.x[open_],
+                exact.y[open_],
+                _POLISH,
+                _BOLD_STEP,
+            )
+            index = part[open_]
+            scale = row.expand(len(part), -1)[open_] * objective[open_]
+            _store(batch, found, index, polished, polished.x * column[open_], polished.y * scale)
+            open_ = open_ & (found.residual[part] > _SETTLED)
+            ends = (last * row * objective)[open_]
+            rest.append(_refute(batch, ends, part[open_], status, ray))
+    return torch.cat(rest)
 
 
 def _store(
@@ -146,12 +186,12 @@ def _store(
 
 
 def _refute(
-    batch: SeparableBatch, found: Exact, left: Tensor, status: list[Status], ray: Tensor
+    batch: SeparableBatch, y: Tensor, left: Tensor, status: list[Status], ray: Tensor
 ) -> Tensor:
-    """Samples whose multipliers have become a Farkas ray are infeasible; returns the others."""
+    """Samples whose multipliers y have become a Farkas ray are infeasible; returns the others."""
     if not len(left):
         return left
-    part, y = batch.take(left), found.y[left]
+    part = batch.take(left)
     y = y / y.abs().amax(1, keepdim=True).clamp_min(1e-300)
     slope = transposed(part.rows, y)
     end = torch.where(slope > 0.0, part.lower, part.upper)

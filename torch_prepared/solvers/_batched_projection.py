@@ -21,7 +21,12 @@ import torch
 from torch import Tensor
 
 from torch_prepared.errors import SolverError
-from torch_prepared.solvers._batched_dual import CODES, compress, solve_duals, take_block
+from torch_prepared.solvers._batched_dual import (
+    CODES,
+    compress,
+    solve_duals,
+    take_block,
+)
 from torch_prepared.solvers._batched_report import (
     BatchReport,
     OnFailure,
@@ -30,6 +35,7 @@ from torch_prepared.solvers._batched_report import (
     eager,
     relative_violation,
 )
+from torch_prepared.solvers._complementarity import self_product
 from torch_prepared.solvers._result import Status
 
 __all__ = ["Projection", "project_batch"]
@@ -37,6 +43,7 @@ __all__ = ["Projection", "project_batch"]
 VIOLATION_TOLERANCE = 1e-8  #: relative; a float64 point beyond it is no answer
 _RIDGE = 1e-13
 _EXACT = 1e-11  #: relative error of an active row that one more Newton step is worth
+_CACHE = 2**25  #: bytes a chunk may take on a CPU: what leaves its cache costs more than a call
 Metric = Callable[[Tensor], Tensor]
 
 
@@ -145,16 +152,30 @@ class _Task:
     report: BatchReport | None = None
 
 
+class _Data:
+    """Rows and metric of a call; what all its samples share is computed once."""
+
+    def __init__(self, rows: Tensor, metric: Tensor | None, inverse: Metric | None) -> None:
+        shared = rows.dim() == 2
+        self.rows = rows.double() if shared else rows
+        self.metric, self.inverse = metric, inverse
+        self.one_gram = shared and (metric is None or metric.dim() == 1)
+        self.gram: Tensor | None = None
+
+    def chunk(self, part: slice) -> _Chunk:
+        """The samples of ``part``."""
+        return _Chunk(part, self)
+
+
 class _Chunk:
     """Float64 view of some samples: rows, metric and the products with them."""
 
-    def __init__(
-        self, part: slice, rows: Tensor, metric: Tensor | None, inverse: Metric | None
-    ) -> None:
-        self.rows = (rows if rows.dim() == 2 else rows[part]).double()
-        weight = metric if metric is None or metric.dim() == 1 else metric[part]
+    def __init__(self, part: slice, data: _Data) -> None:
+        self.data, self.inverse = data, data.inverse
+        self.rows = data.rows if data.rows.dim() == 2 else data.rows[part].double()
+        weight = data.metric
+        weight = weight if weight is None or weight.dim() == 1 else weight[part]
         self.weight = None if weight is None else weight.double()
-        self.inverse = inverse
 
     def apply_inverse(self, v: Tensor) -> Tensor:
         """``M^{-1} v`` along the last axis of (c, n)."""
@@ -164,14 +185,22 @@ class _Chunk:
 
     def gram(self) -> Tensor:
         """``A M^{-1} A^T``, (c, m, m), or (1, m, m) when shared."""
+        if self.data.gram is not None:
+            return self.data.gram
         rows = self.rows if self.rows.dim() == 3 else self.rows[None]
         other = rows
         if self.inverse is not None:
             other = self.inverse(rows).double()
         elif self.weight is not None:
             other = rows / (self.weight[:, None] if self.weight.dim() == 2 else self.weight)
-        gram = rows @ other.mT
-        return 0.5 * (gram + gram.mT)
+        gram = self_product(rows, other)
+        if self.data.one_gram:
+            self.data.gram = gram
+        return gram
+
+    def neutralize(self, sound: Tensor) -> None:
+        """Zero rows for the samples that are not sound (c,)."""
+        self.rows = torch.where(sound[:, None, None], self.rows, 0.0)
 
     def times(self, x: Tensor) -> Tensor:
         """``A x``, (c, m)."""
@@ -193,21 +222,20 @@ class _Active:
         self.index, self.valid = compress(active)
         block = take_block(gram.expand(len(active), -1, -1), self.index, self.valid)
         self.scale = block.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
-        self.block = block * self.scale[:, :, None] * self.scale[:, None, :]
+        self.block = block.mul_(self.scale[:, :, None]).mul_(self.scale[:, None, :])
         ridged = self.block.clone()
         ridged.diagonal(dim1=1, dim2=2).add_(_RIDGE)
         self.factor, info = torch.linalg.cholesky_ex(ridged)
-        if bool(info.any()):  # dependent active rows: the smallest of all solutions
-            self.factor, self.block = torch.empty(0), torch.linalg.pinv(self.block, hermitian=True)
+        self.dependent = (info != 0).nonzero()[:, 0]  # here, the smallest of all solutions
+        self.inverse = torch.linalg.pinv(self.block[self.dependent], hermitian=True)
 
     def solve(self, r: Tensor) -> Tensor:
         """(c, m) from (c, m); entries of inactive rows are neither read nor nonzero."""
         lack = (torch.where(self.valid, r.gather(1, self.index), 0.0) * self.scale)[:, :, None]
-        if not self.factor.numel() and self.block.numel():
-            w = self.block @ lack
-        else:
-            w = torch.cholesky_solve(lack, self.factor)
-            w = w + torch.cholesky_solve(lack - self.block @ w, self.factor)
+        w = torch.cholesky_solve(lack, self.factor)
+        w = w + torch.cholesky_solve(lack - self.block @ w, self.factor)
+        if len(self.dependent):
+            w[self.dependent] = self.inverse @ lack[self.dependent]
         w = torch.where(self.valid, w[:, :, 0] * self.scale, 0.0)
         return torch.zeros_like(r).scatter(1, self.index, w)
 
@@ -215,6 +243,7 @@ class _Active:
 def _chunks(count: int, rows: Tensor, budget: int) -> list[slice]:
     m, n = rows.shape[-2:]
     each = 8 * (5 * m * m + (2 * m * n if rows.dim() == 3 else 4 * n))
+    budget = min(budget, _CACHE) if rows.device.type == "cpu" else budget
     size = max(1, budget // max(each, 1))
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
@@ -232,10 +261,15 @@ class _Project(torch.autograd.Function):
         task: _Task,
         on_failure: OnFailure,
     ) -> Tensor:
-        parts = [
-            _forward_chunk(part, x0, rows, rhs, metric, task)
-            for part in _chunks(len(x0), rows, task.max_memory)
-        ]
+        data = _Data(rows.detach(), metric, task.inverse_metric)
+        # Factors for the adjoint, while they fit.
+        size = 16 * len(x0) * rows.shape[-2] ** 2
+        keep = any(ctx.needs_input_grad) and size <= task.max_memory
+        parts, ctx.systems = [], []
+        for part in _chunks(len(x0), rows, task.max_memory):
+            found, system = _forward_chunk(part, x0, rhs, data, task, keep)
+            parts.append(found)
+            ctx.systems.append(system)
         if parts:
             x, code, violation, multipliers, active, ray = map(torch.cat, zip(*parts, strict=True))
         else:
@@ -257,28 +291,38 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x0, rows, rhs, metric, x, multipliers, active, solved = ctx.saved_tensors
         need_x0, need_rows, need_rhs, need_metric = ctx.needs_input_grad[:4]
-        grad_x0 = torch.zeros_like(x0) if need_x0 else None
-        grad_rows = torch.zeros_like(rows) if need_rows else None
-        grad_rhs = torch.zeros_like(rhs) if need_rhs else None
+        grad_x0 = torch.empty_like(x0) if need_x0 else None
+        grad_rows = None
+        if need_rows:
+            grad_rows = torch.zeros_like(rows) if rows.dim() == 2 else torch.empty_like(rows)
+        grad_rhs = torch.empty_like(rhs) if need_rhs else None
         grad_metric = torch.zeros_like(metric) if need_metric else None
-        for part in _chunks(len(x0), rows, ctx.task.max_memory):
-            chunk = _Chunk(part, rows, metric, ctx.task.inverse_metric)
+        data = _Data(rows, metric, ctx.task.inverse_metric)
+        parts = _chunks(len(x0), rows, ctx.task.max_memory)
+        for part, system in zip(parts, ctx.systems, strict=True):
+            chunk = data.chunk(part)
             alive = solved[part, None]
+            if rows.dim() == 3 and not bool(alive.all()):
+                chunk.neutralize(alive[:, 0])
             g = torch.where(alive, grad[part].double(), 0.0)
             h = chunk.apply_inverse(g)
-            w = _Active(chunk.gram(), active[part]).solve(chunk.times(h))
+            system = system or _Active(chunk.gram(), active[part])
+            w = system.solve(chunk.times(h))
             back = chunk.transposed(w)
             v = h - chunk.apply_inverse(back)
             if grad_x0 is not None:
-                grad_x0[part] = (g - back).to(x0.dtype)
+                grad_x0[part] = g - back
             if grad_rhs is not None:
-                grad_rhs[part] = w.to(rhs.dtype)
+                grad_rhs[part] = w
             u, point = multipliers[part], torch.where(alive, x[part], 0.0)
             if grad_rows is not None and rows.dim() == 2:
                 grad_rows.sub_((u.T @ v + w.T @ point).to(rows.dtype))
             elif grad_rows is not None:
-                pair = torch.stack([u, w], 2) @ torch.stack([v, point], 1)
-                grad_rows[part] = pair.neg_().to(rows.dtype)
+                pair = torch.stack([-u, -w], 2), torch.stack([v, point], 1)
+                if grad_rows.dtype == torch.float64:
+                    torch.bmm(*pair, out=grad_rows[part])
+                else:
+                    grad_rows[part] = (pair[0] @ pair[1]).to(rows.dtype)
             if grad_metric is not None:
                 change = -v * torch.where(alive, point - x0[part].double(), 0.0)
                 if metric.dim() == 1:
@@ -289,35 +333,40 @@ class _Project(torch.autograd.Function):
 
 
 def _forward_chunk(
-    part: slice, x0: Tensor, rows: Tensor, rhs: Tensor, metric: Tensor | None, task: _Task
-) -> tuple[Tensor, ...]:
-    """Point, status code, violation, multipliers, active rows and ray of some samples."""
-    chunk = _Chunk(part, rows, metric, task.inverse_metric)
+    part: slice, x0: Tensor, rhs: Tensor, data: _Data, task: _Task, keep: bool
+) -> tuple[tuple[Tensor, ...], _Active | None]:
+    """Point, status code, violation, multipliers, active rows and ray of some samples.
+
+    Also, with ``keep``, the system of their active rows.
+    """
+    chunk = data.chunk(part)
     point, bound = x0[part].double(), rhs[part].double()
-    sound = point.isfinite().all(1) & bound.isfinite().all(1)
-    if chunk.rows.dim() == 3:
-        sound &= chunk.rows.isfinite().all(2).all(1)
-        if not bool(sound.all()):
-            chunk.rows = torch.where(sound[:, None, None], chunk.rows, 0.0)
-    point, bound = torch.where(sound[:, None], point, 0.0), torch.where(sound[:, None], bound, 0.0)
     gram = chunk.gram()
+    # A row that is not finite shows in its square.
+    sound = gram.diagonal(dim1=1, dim2=2).isfinite().all(1)
+    sound = sound & point.isfinite().all(1) & bound.isfinite().all(1)
+    if chunk.rows.dim() == 3 and not bool(sound.all()):
+        chunk.neutralize(sound)
+        gram = torch.where(sound[:, None, None], gram, 0.0)
+    point, bound = torch.where(sound[:, None], point, 0.0), torch.where(sound[:, None], bound, 0.0)
     plain = chunk.weight is None and chunk.inverse is None and chunk.rows.dim() == 3
     start = None if task.start is None else task.start[part]
     duals = solve_duals(
         gram.expand(len(point), -1, -1), chunk.times(point) - bound, task.equal,
         rows=chunk.rows if plain else None, start=start,
     )  # fmt: skip
-    active = duals.multipliers != 0.0
+    multipliers = duals.multipliers
+    active = multipliers != 0.0
     if task.equal is not None:
         active = active | task.equal
-    x = point - chunk.apply_inverse(chunk.transposed(duals.multipliers))
+    x = point - chunk.apply_inverse(chunk.transposed(multipliers))
     excess = chunk.times(x) - bound
-    multipliers = duals.multipliers
-    if not bool(
-        (torch.where(active, excess, 0.0).abs() <= _EXACT * bound.abs().clamp_min(1)).all()
-    ):
+    lack = torch.where(active, excess, 0.0).abs() / bound.abs().clamp_min(1.0)
+    system = _Active(gram, active) if keep else None
+    if not bool((lack <= _EXACT).all()):
         # Rounding of G shows in A x; one Newton step on the active rows removes it.
-        change = _Active(gram, active).solve(excess)
+        system = system or _Active(gram, active)
+        change = system.solve(excess)
         sign_kept = (multipliers + change > 0.0) | ~(multipliers > 0.0)
         multipliers = torch.where(sign_kept.all(1, keepdim=True), multipliers + change, multipliers)
         x = point - chunk.apply_inverse(chunk.transposed(multipliers))
@@ -333,4 +382,5 @@ def _forward_chunk(
             chunk.times(x.to(x0.dtype).double()) - bound, bound, task.equal
         )
     violation = torch.where(code == CODES.index(Status.OPTIMAL), violation, torch.inf)
-    return x, code, violation, multipliers, active & solved[:, None], duals.ray
+    found = (x, code, violation, multipliers, active & solved[:, None], duals.ray)
+    return found, system

@@ -11,18 +11,38 @@ from torch import Tensor
 
 from torch_prepared.core.rows import Floats
 
-__all__ = ["ProximalStep", "interior_point", "kkt_residual"]
+__all__ = ["ProximalStep", "interior_point", "kkt_residual", "self_product"]
 
 _PIVOT_LIMIT = 40
 _PATIENCE = 8  #: block swaps without progress before giving up
 _CENTRAL_LIMIT = 80  #: interior-point iterations
 _SHORTEST = 1e-4  #: an interior-point step this short is stagnation
+_NARROWEST, _STRIPS = 64, 5  #: strips of a symmetric product; thinner ones are slow
 _FREE_SHIFT = 1e-12  #: keeps dependent equality rows definite, relative to a unit diagonal
 
 
 def kkt_residual(gram: Floats, q: Floats, x: Floats) -> float:
     """Largest ``|min(x, G x - q)|``: zero exactly at solutions."""
     return float(np.abs(np.minimum(x, gram @ x - q)).max(initial=0.0))
+
+
+def self_product(rows: Tensor, other: Tensor) -> Tensor:
+    """``rows @ other.T``, (b, m, m) from two (b, m, n), where it is symmetric: half the work.
+
+    The result is exactly symmetric.
+    """
+    count, m, _ = rows.shape
+    product = rows.new_empty(count, m, m)
+    width = max(_NARROWEST, -(-m // _STRIPS))
+    for start in range(0, m, width):
+        stop = min(start + width, m)
+        strip = other[:, start:] @ rows[:, start:stop].mT
+        product[:, start:, start:stop] = strip
+        product[:, start:stop, stop:] = strip[:, stop - start :].mT
+    for start in range(0, m, width):
+        corner = product[:, start : start + width, start : start + width]
+        corner.copy_(0.5 * (corner + corner.mT))
+    return product
 
 
 class ProximalStep:
@@ -85,7 +105,7 @@ class ProximalStep:
 def interior_point(
     gram: Tensor,
     q: Tensor,
-    stop: Callable[[Tensor], Tensor],
+    stop: Callable[[Tensor, Tensor], Tensor],
     *,
     free: Tensor | None = None,
     rows: Tensor | None = None,
@@ -95,12 +115,13 @@ def interior_point(
 
     One factorization of G plus a positive diagonal per iteration, so a singular G needs no ridge.
     The caller measures the result: a sample's iterations end at accuracy, stagnation, or when
-    ``stop(x)`` says so, whatever the other samples do.
+    ``stop(x, G x)`` says so, whatever the other samples do.
 
     Args:
         gram: (b, m, m) positive semidefinite, of unit diagonal, float64.
         q: (b, m), largest entry 1.
-        stop: maps x (b, m) to a mask (b,), e.g. whether x has become a ray of infeasibility.
+        stop: maps x and G x (b, m) to a mask (b,), e.g. whether x has become a ray of
+            infeasibility.
         free: (m,) mask of entries without sign, whose w is 0 (equality rows); None: none.
         rows: (b, m, n) with ``G = rows @ rows.T``; speeds up n < m without free entries.
         accuracy: mean of ``x w`` at which to stop.
@@ -115,16 +136,17 @@ def interior_point(
     signed = torch.ones_like(q[0]) if free is None else (~free).to(q)
     count = max(float(signed.sum()), 1.0)
     x = torch.ones_like(q) * signed
-    w = (system.times(x) - q).clamp_min(1.0) * signed
+    image = system.times(x)
+    w = (image - q).clamp_min(1.0) * signed
     moving = torch.ones_like(q[:, 0], dtype=torch.bool)
     for _ in range(_CENTRAL_LIMIT):
-        lack = system.times(x) - q - w
+        lack = image - q - w
         mean = (x * w).sum(1) / count
         moving &= ~((mean <= accuracy) & (lack.abs().amax(1) <= 100.0 * accuracy))
         if not bool(moving.any()):
             break
         moving &= system.factorize(torch.where(signed > 0, w / x, _FREE_SHIFT))
-        dx, dw = system.newton(lack, -w, signed)
+        dx, dw = system.newton(lack, -w, signed, rough=True)
         length = torch.minimum(_reach(x, dx), _reach(w, dw))[:, None]
         ahead = ((x + length * dx) * (w + length * dw) * signed).sum(1) / count
         share = torch.where(mean > 0, ahead / mean, 0.0)
@@ -136,7 +158,8 @@ def interior_point(
         moving &= inside & (length[:, 0] >= _SHORTEST) & x_next.isfinite().all(1)
         x = torch.where(moving[:, None], x_next, x)
         w = torch.where(moving[:, None], w_next, w)
-        moving &= ~stop(x)
+        image = system.times(x)
+        moving &= ~stop(x, image)
     return x
 
 
@@ -157,21 +180,25 @@ class _Shifted:
         """Factor; returns which samples it worked for, (b,)."""
         self.shift = shift
         if self.rows is None:
-            block = self.gram + torch.diag_embed(shift)
+            block = self.gram.clone()
+            block.diagonal(dim1=1, dim2=2).add_(shift)
         else:  # Woodbury: a system in the n columns
-            block = self.rows.mT @ (self.rows / shift[:, :, None])
+            root = (self.rows * shift.rsqrt()[:, :, None]).mT
+            block = self_product(root, root)
             block.diagonal(dim1=1, dim2=2).add_(1.0)
         self.factor, info = torch.linalg.cholesky_ex(block)
         worked: Tensor = info == 0
         return worked
 
-    def newton(self, lack: Tensor, pull: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes of x and w."""
+    def newton(
+        self, lack: Tensor, pull: Tensor, signed: Tensor, *, rough: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Changes of x and w; ``rough`` ones serve to choose a target, not to move."""
         rhs = pull - lack
         dx = self._solve(rhs)
-        if self.rows is not None:  # Woodbury cancels; one round of refinement repairs it
+        if self.rows is not None and not rough:  # one round repairs what Woodbury cancels
             dx = dx + self._solve(rhs - self.times(dx) - self.shift * dx)
-        return dx, (self.times(dx) + lack) * signed
+        return dx, (rhs - self.shift * dx + lack) * signed
 
     def _solve(self, rhs: Tensor) -> Tensor:
         if self.rows is None:

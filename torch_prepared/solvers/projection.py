@@ -179,7 +179,7 @@ def _solve_all(
     slow = interior_point(
         torch.from_numpy(gram)[None],
         torch.from_numpy(q)[None],
-        lambda point: torch.tensor([_is_ray(gram, q, point[0].numpy())]),
+        lambda point, _: torch.tensor([_is_ray(gram, q, point[0].numpy())]),
     )[0].numpy()
     if _is_ray(gram, q, slow):
         return np.zeros_like(q), Status.INFEASIBLE, 1.0, slow / slow.max()
