@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from torch_prepared.core.interval import Interval
@@ -18,6 +19,10 @@ class LeafBounds:
 
     values: Tensor
     inputs: Tensor
+
+    def influence(self, row: Tensor) -> Tensor:
+        """How much (b, n), by estimate, one row (b,) of each box changes per unit of each input."""
+        return self.inputs[torch.arange(len(row)), row].abs()
 
 
 class LeafEngine(Protocol):

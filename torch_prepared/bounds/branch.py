@@ -4,9 +4,8 @@ The tree outlives a change of weights: after an edit all leaves are bounded agai
 hold stay closed and the others are open once more, so nothing is explored twice.
 
 Source: Bunel et al., "Branch and Bound for Piecewise Linear Neural Network Verification" (JMLR
-2020). The splitting rule, the coordinate with the largest ``|a_j| width_j`` in the best linear
-bound, follows Wang et al., "Formal Security Analysis of Neural Networks using Symbolic Intervals"
-(USENIX Security 2018).
+2020). The splitting rule, the coordinate of the largest ``influence_j width_j``, follows Wang et
+al., "Formal Security Analysis of Neural Networks using Symbolic Intervals" (USENIX Security 2018).
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ FIRST_CAPACITY = 1024
 _ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis", "_row", "_slot")
 DETACHED = -2  #: split axis of nodes that are no longer part of the tree
 FIRST_REACH = 0.1  #: share of the nodes of the first round that are searched
-KNOWLEDGE = ("_margin", "_rows", "_row", "_axis")
+KNOWLEDGE = ("_margin", "_rows", "_row")
+LEAST_INFLUENCE = 0.02  #: relative, of inputs that seem to have less
 NO_SLOPE = ops.SLOPE_LEVELS + 1  #: stands for the slope that the engine chooses
 FEWEST = 1000  #: nodes of a round from which slopes are searched
 FRUITFUL, VAIN = 0.4, 0.25  #: shares of successful searches that widen or narrow their reach
@@ -119,10 +119,10 @@ class SplitTree:
                 self._note(part[~own], engine(self.boxes(part[~own])))
             part = part[own]
             given = self.shares(part, engine.slopes.size)
-            self._note(part, engine.slopes.bound(self.boxes(part), given))
+            self._note(part, engine.slopes.bound(self.boxes(part), given), axes=False)
 
-    def _note(self, part: Integers, found: LeafBounds) -> None:
-        """Remember what is known of nodes."""
+    def _note(self, part: Integers, found: LeafBounds, axes: bool = True) -> None:
+        """Remember what is known of nodes; without ``axes`` those to split stay as they are."""
         batch = _repeat(self.batch, len(part))
         values = found.values.double().cpu() + batch.offset
         margin = batch.margins(values)
@@ -130,13 +130,22 @@ class SplitTree:
         rows = batch.best_rows(values)
         worst = batch.clause_margins(values).argmin(dim=1)
         row = rows.gather(1, worst[:, None])[:, 0]
-        lines = found.inputs[torch.arange(len(part)), row].abs().double().cpu()
-        width = self.boxes(part).width
-        gain = torch.where(width > 0, lines * width + 1e-12 * width, -1.0)
         self._margin[part] = margin.numpy()
         self._rows[part] = rows.numpy()
         self._row[part] = row.numpy()
-        self._axis[part] = gain.argmax(dim=1).numpy()
+        if axes:
+            self._axis[part] = self._longest(self.boxes(part), found.influence(row)).numpy()
+
+    def _longest(self, boxes: Interval, influence: Tensor) -> Tensor:
+        """The axis (b,) of each box along which the row of interest may change most.
+
+        Influences (b, n) are estimates; an input of little influence is split at last as well.
+        """
+        whole = torch.from_numpy(self._upper[0] - self._lower[0])
+        reach = influence.double().cpu().nan_to_num(0.0, 0.0, 0.0) * whole
+        reach = torch.maximum(reach, LEAST_INFLUENCE * reach.amax(dim=1, keepdim=True) + 1e-300)
+        share = boxes.width / whole.clamp_min(1e-300)
+        return torch.where(boxes.width > 0, reach * share, -1.0).argmax(dim=1)
 
     def search(self, engine: SlopedEngine, nodes: Integers, spare: float) -> None:
         """Optimize the slopes of nodes that were bounded; worse ones are forgotten."""
@@ -147,7 +156,7 @@ class SplitTree:
         enough = self.slack + spare - self.batch.offset[0].double().cpu()[row]
         given = self.shares(nodes, engine.slopes.size)
         found, bounds = engine.slopes.search(self.boxes(nodes), given, row, enough)
-        self._note(nodes, bounds)
+        self._note(nodes, bounds, axes=False)
         better = self._margin[nodes] > before["_margin"]
         for name, old in before.items():
             getattr(self, name)[nodes[~better]] = old[~better]

@@ -29,9 +29,32 @@ MAX_WEIGHTS = 1 << 22
 
 @dataclass(frozen=True)
 class ChainBounds(LeafBounds):
-    """:class:`LeafBounds` with the intervals (b, h) of all scalars that a ReLU reads."""
+    """:class:`LeafBounds` with the intervals (b, h) of all scalars that a ReLU reads.
+
+    Args:
+        hidden: these intervals.
+        chain: the network that was bounded.
+        rows: (s, m) or (b, s, m).
+    """
 
     hidden: Interval
+    chain: Chain
+    rows: Tensor
+
+    def influence(self, row: Tensor) -> Tensor:
+        """Geometric mean (b, n) of what the bound's input row says and what gradients may be.
+
+        Where a bound is loose, its own input row can be flat and says nothing of the input that the
+        looseness comes from; the largest gradient that the ReLUs' intervals allow does. That one
+        alone forgets which inputs the bound really feels. Together they need far fewer splits than
+        either.
+
+        Source: the latter is the smear function of interval analysis, as Wang et al. (USENIX
+        Security 2018) use it on networks; the mean is ours.
+        """
+        rows = self.rows[torch.arange(len(row)), row] if self.rows.ndim == 3 else self.rows[row]
+        reach = self.chain.gradient_reach(self.hidden, rows)
+        return (reach * super().influence(row)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,33 @@ class Chain:
             None if wide is None else wide.lower,
             None if wide is None else wide.upper,
         )
-        return ChainBounds(values, inputs, Interval(lower, upper))
+        return ChainBounds(values, inputs, Interval(lower, upper), self, rows)
+
+    @torch.no_grad()
+    def gradient_reach(self, hidden: Interval, rows: Tensor) -> Tensor:
+        """Interval bounds of ``|d(rows . f)/dx|``.
+
+        Args:
+            hidden: (b, h), intervals of all scalars that a ReLU reads.
+            rows: (b, m).
+
+        Returns:
+            (b, n) in the chain's dtype, rounded to nearest: for choices, not for proofs.
+        """
+        center = rows.detach().to("cpu", self.dtype) @ self.weights[-1]
+        radius, last = torch.zeros_like(center), hidden.lower.shape[1]
+        for weight in reversed(self.weights[:-1]):
+            first = last - len(weight)
+            lower, upper = hidden.lower[:, first:last], hidden.upper[:, first:last]
+            low, high = center - radius, center + radius
+            off = lower < 0  # the slope may be 0
+            low = torch.where(off, low.clamp_max(0.0), low)
+            high = torch.where(off, high.clamp_min(0.0), high)
+            on = upper > 0  # the slope may be 1
+            center = torch.where(on, 0.5 * (low + high), 0.0) @ weight
+            radius = torch.where(on, 0.5 * (high - low), 0.0) @ weight.abs()
+            last = first
+        return center.abs() + radius
 
     def _rounded(self, box: Interval) -> Interval:
         """The box in the chain's dtype on the CPU, rounded outward where that changes it."""
