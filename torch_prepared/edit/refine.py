@@ -59,7 +59,9 @@ LOW_CENTER = 0.2  #: margins of leaf centers below this share of the aim become 
 LEAF_AIM, POINT_AIM = 0.15, 0.7  #: shares of the aim that lifted leaves and points must reach
 HOME_DROP = 0.3  #: share of the aim that leaves may lose on the way home, to be split again
 HOME_GAIN = 0.98  #: share of the distance that a way home must reach
-LEAF_SECONDS, FLOP_SECONDS = 7e-5, 3.7e-11  #: that one thread of the checker takes, for planning
+FEWEST_NODES = 20_000  #: of one round of growth
+START_SECONDS = 1.0  #: that checking takes before the first leaf, for planning
+LEAF_SECONDS, FLOP_SECONDS = 7e-5, 4.2e-11  #: that one thread of the checker takes
 CHECKING = 0.25  #: share of the time that checking may take
 SPARE_SECONDS = 1.1  #: times what checking is expected to take
 MOST_LEAVES = 200_000  #: a certificate's leaves, however much time there is
@@ -151,9 +153,7 @@ class _Refinement:
         """
         reach, forest = self.settings.reach, self.forest
         for _ in range(rounds):
-            low = forest.grow(
-                self.deadline, self.settings.leaves, SPLIT_SPARE * self.aim, self._collect
-            )
+            low = forest.grow(self.deadline, self._budget, SPLIT_SPARE * self.aim, self._collect)
             if forest.proved and not forest.bound():
                 continue
             if forest.proved and self._is_small():
@@ -172,6 +172,11 @@ class _Refinement:
             elif not lifted:
                 self._lift(reach)
             reach *= 1.0 if low else 2.0
+
+    @property
+    def _budget(self) -> int:
+        """Nodes of one round of growth; few where few leaves can be checked."""
+        return int(min(self.settings.leaves, max(self.capacity, FEWEST_NODES)))
 
     def _is_small(self) -> bool:
         """Whether the proved trees, cut down where they can be, are proved in float64 too."""
@@ -202,7 +207,7 @@ class _Refinement:
     def _out_of_time(self) -> bool:
         """Whether what is left is needed for checking the trees."""
         leaves = min(self.forest.leaf_count, self.capacity)
-        return self.deadline.left < SPARE_SECONDS * leaves / self.pace
+        return self.deadline.left < START_SECONDS + SPARE_SECONDS * leaves / self.pace
 
     def _what_is_missing(self) -> str:
         if self.forest.proved:
