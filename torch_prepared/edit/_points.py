@@ -24,8 +24,6 @@ APPROACHES = 12
 FAIR_SHARE = 0.2
 STALLS = 5  #: rounds of attack in a row that may fail to raise the lowest margin
 LOW = 0.3  #: margins below this share of the aim are collected
-RISES = ((True, 0.3), (True, 1.0), (False, 0.3), (False, 0.1), (False, 0.03))
-"""Steps that are tried: whether from the origin, and the share of the largest lack made good."""
 KEPT = 0.9  #: share of the aim that coming closer must leave
 
 
@@ -82,8 +80,8 @@ class PointSet:
         """Raise the margins of all collected points to the aim, then come closer to the origin.
 
         First by the projection of the origin onto the linearized rows, which forgets earlier
-        steps, a part of the way at a time; where linearization goes too far, by steps from where we
-        are, shortened until the lowest true margin rises by a fair share of what they promise.
+        steps; where linearization goes too far, by steps from where we are, shortened until the
+        lowest true margin rises by a fair share of what they promise.
         """
         for _ in range(STEPS):
             lowest = self.lowest(self._walk.theta)
@@ -91,10 +89,6 @@ class PointSet:
                 break
             if not self._rise(lowest):
                 return
-        self.come_closer(deadline)
-
-    def come_closer(self, deadline: Deadline) -> None:
-        """Steps toward the origin that leave the collected points their margins."""
         for _ in range(APPROACHES):
             if deadline.over or not self._approach():
                 return
@@ -130,7 +124,8 @@ class PointSet:
         walk = self._walk
         jacobian, value = self.rows()
         wanted = 1.02 * self.aim - value
-        for forget, share in RISES:
+        shares = ((True, 1.0), (False, 1.0), (False, 0.3), (False, 0.1), (False, 0.03))
+        for forget, share in shares:
             rise = wanted.clamp_max(share * float(wanted.max()))
             step = walk.nearest(jacobian, rise) if forget else walk.shortest(jacobian, rise)
             if step is None:

@@ -135,9 +135,6 @@ class _Refinement:
         while self.raises < EARLY_RAISES and self.walk.distance() < CHEAP and not early.over:
             self._raise_aim()
             self.points.seek(self.deadline)
-        if self.walk.distance() > CHEAP:
-            self.walk.look_around()
-            self.points.come_closer(self.deadline)
         self._prove(ROUNDS, RAISES)
         if not self._is_done():
             raise InfeasibleEditError(self._what_is_missing())
