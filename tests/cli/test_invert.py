@@ -140,6 +140,12 @@ def test_points_from_files_and_other_norms(run: Run, write_fold, tmp_path: Path)
     assert only_json(other)["upper"] == pytest.approx(0.75)
 
 
+def test_a_file_without_points_is_one_line(run: Run, write_fold, tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", inputs=np.zeros((0, 2)))
+    error = one_line_error(run("invert", write_fold(), "--at", tmp_path / "none.npz"))
+    assert "--at" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

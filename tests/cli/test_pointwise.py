@@ -151,3 +151,19 @@ def test_options_that_do_not_go_together(
     assert "--radius" in one_line_error(run(*base, "-o", out, "--radius", "0.1"))
     assert "input" in one_line_error(run(*base, "-o", model))
     assert "z3" in one_line_error(run(*base, "-o", out, "--solver", "z3", "--norm", "2"))
+
+
+def test_no_examples_and_nothing_to_preserve_are_refused_but_nothing_to_keep_is_fine(
+    run: Run, write_model: WriteModel, examples: Path, tmp_path: Path
+) -> None:
+    out, certificate = _files(tmp_path)
+    empty = tmp_path / "empty.npz"
+    np.savez(empty, inputs=np.zeros((0, 2), np.float32), targets=np.zeros(0, np.int64))
+    tail = ("-o", out, "--certificate", certificate)
+    assert "empty.npz" in one_line_error(run("pointwise", write_model(), empty, *tail))
+    assert "preserve" in one_line_error(
+        run("pointwise", write_model(), examples, *tail, "--preserve", empty)
+    )
+    assert not out.exists()
+    kept = run("pointwise", write_model(), examples, *tail, "--keep", empty)
+    assert kept.exit_code == 0, kept.output

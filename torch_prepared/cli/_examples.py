@@ -63,6 +63,8 @@ def _from_archive(archive: zipfile.ZipFile, path: Path) -> ExampleFile:
             f"{path}: got inputs {x.shape} and targets {y.dtype} {y.shape}; expected (m, ...) and "
             "m whole numbers"
         )
+    if not x.size:
+        raise SpecError(f"{path}: got inputs {x.shape}; expected at least one example")
     return ExampleFile(x.reshape(len(x), -1).astype(np.float64), y.astype(np.int64))
 
 

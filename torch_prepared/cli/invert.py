@@ -129,7 +129,7 @@ def _read_point(text: str, size: int, option: str) -> np.ndarray:
 
     if text.endswith((".npy", ".npz")):
         rows = load_reference(Path(text)).inputs.astype(np.float64)
-        point = rows.reshape(-1) if rows.size == size else rows[0].reshape(-1)
+        point = rows.reshape(-1) if rows.size in (0, size) else rows[0].reshape(-1)
     else:
         try:
             point = np.array([float(part) for part in text.split(",")])

@@ -5,7 +5,7 @@ Nothing here is a claim: what it leaves open is closed by an exact method, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +16,18 @@ from torch_prepared.certify import PointClaims
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._vector import ParameterVector
-from torch_prepared.edit.pointwise._examples import best_rows, row_values
+from torch_prepared.edit.pointwise._curved import raise_rows
+from torch_prepared.edit.pointwise._examples import best_rows, point_margins, row_values
 from torch_prepared.relax import evaluate_graph
 
 __all__ = ["finetune"]
 
-STEPS = 10_000
 BATCH = 512
 LOOK_EVERY = 20
 OVERSHOOT = 3.0
+LIFTED = 5e-3  #: of the outputs' spread, what rows of many examples aim at
 LAST_RATE = 0.05
 LEAD = 0.1  #: of the outputs' spread; decisions on the reference are kept with at most this lead
-RECOVER = 150  #: steps, at least and once more as many as before, to win back what was lost
 MANY = 300  #: examples from which on haste costs more decisions than it saves time
 
 
@@ -38,33 +38,43 @@ class _Pace:
     Attributes:
         rate: step size, in units of a tensor's size.
         settled: least share of it while few examples are left.
+        decay: of the step size until the end of the time or of the steps.
         stay: price of the mean squared change on the reference.
         keep: price of decisions lost there.
         aim: least value that rows aim at, in units of the outputs' spread.
         grow: of an example's price while it falls short, every 20 steps; 1 keeps all prices equal.
         impatience: steps after which all shortfalls weigh twice as much, and so on.
         points: examples up to which every step sees them all.
+        steps: at most.
+        recover: steps, at least and once more as many as before, to win back what was lost.
+        share: of the time.
     """
 
     rate: float
     settled: float
+    decay: float
     stay: float
     keep: float
     aim: float
     grow: float
     impatience: float
     points: int
+    steps: int
+    recover: int
+    share: float
 
 
-_FEW = _Pace(0.016, 0.2, 20.0, 1.0, 0.02, 1.3, 50, 1024)
-_CROWD = _Pace(0.02, 1.0, 10.0, 0.0, 0.0, 1.0, 100, BATCH)
+_FEW = _Pace(0.016, 0.2, 1.0, 20.0, 1.0, 0.02, 1.3, 50, 1024, 10_000, 150, 1.0)
+_CROWD = _Pace(0.02, 1.0, 0.1, 10.0, 0.0, LIFTED, 1.0, 100, BATCH, 4000, 150, 0.5)
+_AFTER = _Pace(0.005, 0.2, 1.0, 20.0, 1.0, LIFTED, 1.3, 50, 1024, 10_000, 1000, 1.0)
+_ALONE = _Pace(0.016, 0.2, 0.02, 0.0, 0.0, 0.02, 1.3, 50, 1024, 2000, 0, 1.0)
 _SHRINK, _LEAST_PRICE, _LARGEST_PRICE = 0.9, 0.3, 30.0
 
 
 def finetune(
     graph: Graph,
     claims: PointClaims,
-    reference: Tensor,
+    reference: Tensor | None,
     margin: float,
     *,
     layers: Sequence[str] | None,
@@ -76,53 +86,80 @@ def finetune(
     Minimizes the shortfall of the rows, from a few times the margin on, plus what changes on
     ``reference``: outputs, and decisions. Every example has its own price, which grows while it
     falls short, as in an augmented Lagrangian: the last few are not outweighed by the rest. Half of
-    each batch of the reference is drawn where it was last seen to change. (Beyond 300 examples
-    prices stay equal, batches are drawn evenly, and only outputs count.) Once all rows are reached
+    each batch of the reference is drawn where it was last seen to change. Once all rows are reached
     it goes on with falling step sizes, and returns the state with the least change among those that
     reach them, else that with the least shortfall.
+
+    Beyond 300 examples prices stay equal, batches are drawn evenly, only outputs count, and step
+    sizes fall from the start; what is then left is closed by :func:`raise_rows`.
 
     Args:
         graph: the network as stored; not changed.
         claims: examples.
-        reference: (q, n) inputs on which outputs should stay.
+        reference: (q, n) inputs on which outputs should stay; None when nothing is to stay.
         margin: to reach.
         layers: names of layers that may change; None for all.
         deadline: when to stop.
         seed: of the order of examples.
     """
+    many = len(claims.inputs) > MANY
+    pace = _ALONE if reference is None else _CROWD if many else _FEW
+    points = torch.from_numpy(claims.inputs).float()
+    stay = _Stay(
+        graph.to(torch.float32, "cpu"), points if reference is None else reference.float(), pace
+    )
+    found = _descend(graph, claims, stay, pace, margin, layers, deadline.share(pace.share), seed)
+    if not many or reference is None:
+        return found
+    aim = max(OVERSHOOT * margin, LIFTED * stay.spread)
+    found = raise_rows(found, claims, reference, margin, aim, layers=layers, deadline=deadline)
+    outputs = _outputs(found.to(torch.float32, "cpu"), points)
+    reached = point_margins(claims, row_values(claims, outputs.double().numpy()))
+    if deadline.over or bool((reached < margin).any()):
+        return found
+    return _descend(found, claims, stay, _AFTER, margin, layers, deadline, seed)
+
+
+def _descend(
+    graph: Graph,
+    claims: PointClaims,
+    stay: _Stay,
+    pace: _Pace,
+    margin: float,
+    layers: Sequence[str] | None,
+    deadline: Deadline,
+    seed: int,
+) -> Graph:
+    """Gradient descent; see :func:`finetune`."""
     single = graph.to(torch.float32, "cpu")
     vector = ParameterVector.of(single, None if layers is None else tuple(layers))
     moving = {n: single.parameters[n].detach().clone().requires_grad_() for n in vector.names}
     generator = torch.Generator().manual_seed(seed)
     points = torch.from_numpy(claims.inputs).float()
-    pace = _FEW if len(points) <= MANY else _CROWD
-    stay = _Stay(single, reference.float(), pace)
     table = _RowTable(claims, _outputs(single, points, moving))
     adam = _Adam(list(moving.values()))
     aim = max(OVERSHOOT * margin, pace.aim * stay.spread)
-    prices, short, best = torch.ones(len(points)), torch.ones(len(points)), _Best(margin)
-    rate = 1.0
-    for step in range(STEPS):
+    prices, short = torch.ones(len(points)), torch.ones(len(points))
+    best, rate, even = _Best(margin, pace), 1.0, pace.grow <= 1.0
+    for step in range(pace.steps):
         if step % LOOK_EVERY == 0:
             values = table.values(_outputs(single, points, moving))
             best.look(step, values, stay.price, moving)
             short = (aim - values).clamp_min(0)
-            if pace.grow > 1.0:
+            if not even:
                 prices = torch.where(short > 0, pace.grow * prices, _SHRINK * prices)
                 prices = prices.clamp(_LEAST_PRICE, _LARGEST_PRICE)
-            rate = best.rate(step, values, pace.settled)
+            rate = best.rate(step, values, deadline)
             if step >= best.last or bool(values.isnan().any()) or deadline.over:
                 break
-        even = pace.grow <= 1.0
         chosen = _batch(torch.ones_like(short) if even else short + aim, pace.points, generator)
         other = _batch(torch.ones_like(stay.seen) if even else stay.seen, BATCH, generator)
-        x = torch.cat([points[chosen], stay.inputs[other]])
-        y = evaluate_graph(single, x, moving).flatten(1)
+        y = evaluate_graph(single, torch.cat([points[chosen], stay.inputs[other]]), moving)
+        y = y.flatten(1)
         lack = table.shortfall(y[: len(chosen)], chosen, aim)
         push = 1.0 + min(step, best.reached) / pace.impatience
-        loss = push * (prices[chosen] * lack).mean() / stay.spread + stay.cost(
-            y[len(chosen) :], other
-        )
+        loss = push * (prices[chosen] * lack).mean() / stay.spread
+        loss = loss + stay.cost(y[len(chosen) :], other)
         adam.step(torch.autograd.grad(loss, adam.tensors), pace.rate * rate)
     found = best.state or {name: value.detach() for name, value in moving.items()}
     if not all(bool(torch.isfinite(value).all()) for value in found.values()):
@@ -171,30 +208,30 @@ def _lead(outputs: Tensor, top: Tensor) -> Tensor:
 class _Best:
     """The state to return, and when to stop."""
 
-    def __init__(self, margin: float) -> None:
-        self._margin = margin
+    def __init__(self, margin: float, pace: _Pace) -> None:
+        self._margin, self._pace = margin, pace
         self.state: dict[str, Tensor] | None = None
-        self.reached, self.last = (
-            STEPS,
-            STEPS,
-        )  #: steps at which all rows were reached; at which to end
+        self.reached = self.last = pace.steps  #: when all rows were reached; when to end
         self._price = self._missing = np.inf
 
     def look(self, step: int, values: Tensor, price: float, moving: dict[str, Tensor]) -> None:
         """Keep a state whose points' lowest rows are ``values`` (b,) if it is the best so far."""
         missing = float((self._margin - values).clamp_min(0).sum())
         if missing == 0.0 and self._missing > 0.0:
-            self.reached, self.last = step, step + max(step, RECOVER)
+            more = max(step, self._pace.recover) if self._pace.recover else 0
+            self.reached, self.last = step, step + more
         if missing < self._missing or (missing == 0.0 and price < self._price):
             self._missing, self._price = missing, price
             self.state = {n: v.detach().clone() for n, v in moving.items()}
 
-    def rate(self, step: int, values: Tensor, settled: float) -> float:
+    def rate(self, step: int, values: Tensor, deadline: Deadline) -> float:
         """Share of the full step size: less when few examples are left, falling at the end."""
         if self._missing > 0.0:
             left = float((values < self._margin).float().mean())
-            return min(1.0, max(settled, 10.0 * left))
-        return max(LAST_RATE, (self.last - step) / (self.last - self.reached))
+            spent = 0.0 if deadline.seconds is None else deadline.elapsed / deadline.seconds
+            fallen: float = self._pace.decay ** max(spent, step / self._pace.steps)
+            return fallen * min(1.0, max(self._pace.settled, 10.0 * left))
+        return max(LAST_RATE, (self.last - step) / max(self.last - self.reached, 1))
 
 
 class _RowTable:
@@ -256,6 +293,6 @@ def _batch(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat([even, torch.searchsorted(steps, drawn).clamp_max(count - 1)])
 
 
-def _outputs(graph: Graph, x: Tensor, moving: dict[str, Tensor]) -> Tensor:
+def _outputs(graph: Graph, x: Tensor, moving: Mapping[str, Tensor] | None = None) -> Tensor:
     with torch.no_grad():
         return torch.cat([evaluate_graph(graph, p, moving).flatten(1) for p in x.split(2048)])

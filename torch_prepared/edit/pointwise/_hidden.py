@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 MOST_CELLS = 4000
 _SMT_NORMS = {PointNorm.LINF: Norm.LINF, PointNorm.L1: Norm.L1}
-FIRST_SHARE = 0.5
-IMPROVE_SECONDS = 45.0  #: for branch and bound when there is an answer already
+OWN_SHARE, OTHER_SHARE = 0.15, 0.5  #: of the time, for a pattern
+OWN_SECONDS = 15.0  #: at most for the layer's own pattern, where another one can be had
+IMPROVE_SECONDS = 20.0  #: for branch and bound when there is an answer already
 Proposal = Callable[[], FreeLayer]
 """Makes the layer of a nearby network that satisfies the rows, or comes close."""
 
@@ -61,10 +62,15 @@ def solve_hidden(
         threads: CPU threads.
     """
     prefix = layer.prefix(wanted.claims.inputs)
-    first = _fixed(layer, layer, prefix, wanted, norm, budget, deadline, threads)
+    own = None if deadline.seconds is None else OWN_SHARE * deadline.left
+    if propose is not None:
+        own = OWN_SECONDS if own is None else min(own, OWN_SECONDS)
+    first = _fixed(layer, layer, prefix, wanted, norm, budget, own, threads)
     if first.d is None and propose is not None and not deadline.over:
         logger.info("own pattern: %s; asking for another", first.message)
-        first = _fixed(layer, propose(), prefix, wanted, norm, budget, deadline, threads)
+        near = propose()
+        limit = None if deadline.seconds is None else OTHER_SHARE * deadline.left
+        first = _fixed(layer, near, prefix, wanted, norm, budget, limit, threads)
     reach = budget if first.d is None else float(np.abs(first.d).max(initial=0.0))
     if norm is PointNorm.L1 and first.d is not None:
         reach = min(first.size, np.inf if budget is None else budget)
@@ -131,7 +137,7 @@ def _fixed(
     wanted: Wanted,
     norm: PointNorm,
     budget: float | None,
-    deadline: Deadline,
+    seconds: float | None,
     threads: int | None,
 ) -> LinearAnswer:
     """The smallest change that keeps the pattern of ``near``."""
@@ -145,7 +151,7 @@ def _fixed(
         [wanted.soft, np.zeros(program.rows.count - len(wanted.rows), dtype=bool)]
     )
     kind = PointNorm.L1 if norm is PointNorm.L0 else norm
-    limit = None if deadline.seconds is None else max(FIRST_SHARE * deadline.left, 0.1)
+    limit = None if seconds is None else max(seconds, 0.1)
     weight = 0.0 if wanted.softness is None else 1.0 / wanted.softness
     answer = solve_linear(
         program, kind, soft=soft, weight=weight, time_limit=limit, threads=threads

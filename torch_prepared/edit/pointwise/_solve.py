@@ -14,6 +14,8 @@ from torch_prepared.certify import PointClaims
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit.pointwise._curved import raise_rows
+from torch_prepared.edit.pointwise._examples import point_margins, row_values
 from torch_prepared.edit.pointwise._finetune import finetune
 from torch_prepared.edit.pointwise._hidden import solve_hidden, solve_with_z3
 from torch_prepared.edit.pointwise._layer import FreeLayer, Prefix
@@ -28,10 +30,12 @@ __all__ = ["PointOptions", "PointProblem", "Proposed", "propose"]
 
 logger = logging.getLogger(__name__)
 
-TUNE_SHARE = 0.7
+TUNE_SHARE = 0.88
 METRIC_INPUTS = 10_000  #: enough for the second moments of one layer's features
 MANY = 50  #: examples from which on all layers are tuned first
 MOST_BARE = 300  #: examples up to which a projection without tuning is tried at all
+POSITIVE = (0.0, 0.25, 0.5, 0.9)  #: least shares of a hidden layer's scalars, to start from
+RAISED = 3.0  #: margins that proposals for a hidden layer aim at
 LITTLE_LOST = 5e-4
 """Share of decisions on the reference whose loss is not worth a second method."""
 
@@ -202,14 +206,31 @@ def _projected(
 
 
 def _tuned_layer(problem: PointProblem, layer: FreeLayer, deadline: Deadline) -> FreeLayer:
-    """The layer of a network tuned in that layer alone, for its pattern."""
-    points = torch.from_numpy(problem.edits.inputs)
-    reference = points if problem.reference is None else problem.reference.inputs
+    """The layer of a network tuned in that layer alone, for its pattern.
+
+    Where few scalars are positive there is little to tune, so starts with raised biases are tried.
+    """
+    options, claims = problem.options, problem.edits
+    points = torch.from_numpy(claims.inputs)
+    value = layer.values(layer.prefix(points))[layer.node.name]
+    for share in POSITIVE if len(layer.names) == 2 else POSITIVE[:1]:
+        lift = max(0.0, -float(np.quantile(value.numpy(), 1.0 - share))) if share else 0.0
+        bias = layer.names[-1]
+        start = problem.graph.with_parameters({bias: problem.graph.parameters[bias] + lift})
+        tuned = raise_rows(
+            start, claims, points, options.margin, RAISED * options.margin,
+            layers=(layer.node.name,), deadline=deadline.share(0.1),
+        )  # fmt: skip
+        found = FreeLayer.of(tuned, layer.node.name, options.free)
+        reached = point_margins(claims, row_values(claims, found.run(found.prefix(points))))
+        if deadline.over or bool((reached >= options.margin).all()):
+            return found
+    reference = None if problem.reference is None else problem.reference.inputs
     tuned = finetune(
-        problem.graph, problem.edits, reference, problem.options.margin,
-        layers=(layer.node.name,), deadline=deadline.share(0.2), seed=problem.options.seed,
+        problem.graph, claims, reference, options.margin,
+        layers=(layer.node.name,), deadline=deadline.share(0.2), seed=options.seed,
     )  # fmt: skip
-    return FreeLayer.of(tuned, layer.node.name, problem.options.free)
+    return FreeLayer.of(tuned, layer.node.name, options.free)
 
 
 def _proposed(problem: PointProblem, method: str, layer: FreeLayer, found: Found) -> Proposed:

@@ -111,6 +111,7 @@ def edit_points(
     source = read_network(model, inputs, inputs[:1].numel() if len(inputs) else 1)
     graph = source.graph
     _check_options(solver, verify, margin, budget, keep_weight)
+    keep = keep if keep is not None and len(keep) else None  # none to keep asks for nothing
     chosen = PointNorm.BEHAVIOR if (preserve is not None or keep is not None) else PointNorm.L2
     try:
         chosen = chosen if norm is None else PointNorm(norm)
@@ -119,6 +120,8 @@ def edit_points(
         raise SpecError(f"norm: got {norm!r}; expected one of {known}") from None
     if solver == "z3" and chosen not in (PointNorm.LINF, PointNorm.L1):
         raise SpecError(f"solver 'z3': got norm {chosen.value!r}; expected 'inf' or '1'")
+    if preserve is not None and not preserve.numel():
+        raise SpecError(f"preserve: got inputs {tuple(preserve.shape)}; expected at least one")
     keeps = None if keep is None else _kept(graph, keep)
     stay = preserve if preserve is not None else keep
     reference = None
@@ -168,10 +171,8 @@ def _margin(graph: Graph, edits: PointClaims, margin: float | None) -> float:
     return max(RELATIVE_MARGIN * float(np.median(np.abs(row_values(edits, y)))), 1e-9)
 
 
-def _kept(graph: Graph, keep: Tensor) -> PointClaims | None:
+def _kept(graph: Graph, keep: Tensor) -> PointClaims:
     """Examples with the network's own decisions."""
-    if not len(keep):
-        return None
     flat = torch.as_tensor(keep).detach().cpu().reshape(len(keep), -1)
     if flat.shape[1] != graph.input_size:
         raise SpecError(f"keep: got inputs of {flat.shape[1]} numbers; expected {graph.input_size}")
