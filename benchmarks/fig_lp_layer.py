@@ -153,7 +153,10 @@ def plot(source: Path, figure: Path) -> None:
         for name, n, m, b, ratio, bound in speedups(rows):
             if name == kind and b == batch:
                 text = f"{'>' if bound else ''}{ratio:.0f}x"
-                panel.annotate(text, (sizes.index((n, m)), 1e-3), ha="center", fontsize=8)
+                panel.annotate(
+                    text, (sizes.index((n, m)), 0.02), xycoords=panel.get_xaxis_transform(),
+                    ha="center", fontsize=8,
+                )  # fmt: skip
         panel.axhline(record["parameters"]["limit"], color="gray", linestyle=":")
         panel.set_xticks(range(len(sizes)), [f"{n}x{m}" for n, m in sizes], rotation=45)
         panel.set_title(f"{kind}, batch {batch}; below: best peer / ours")
