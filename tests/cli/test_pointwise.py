@@ -167,3 +167,11 @@ def test_no_examples_and_nothing_to_preserve_are_refused_but_nothing_to_keep_is_
     assert not out.exists()
     kept = run("pointwise", write_model(), examples, *tail, "--keep", empty)
     assert kept.exit_code == 0, kept.output
+
+
+def test_a_time_limit_that_is_no_number_is_refused(
+    run: Run, write_model: WriteModel, examples: Path, tmp_path: Path
+) -> None:
+    out, certificate = _files(tmp_path)
+    tail = ("-o", out, "--certificate", certificate, "--time-limit", "nan")
+    assert "--time-limit" in one_line_error(run("pointwise", write_model(), examples, *tail))

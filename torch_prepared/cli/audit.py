@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 
@@ -141,11 +142,11 @@ def _domain(
 @click.option("--data", type=FILE, help="Inputs, perhaps with labels (.npz, .npy).")
 @click.option("--domain", callback=_domain, metavar="LO,HI", help="Limits of valid inputs.")
 @click.option(
-    "--radius", type=click.FloatRange(0), default=0.0, help="Search and bound balls of this radius."
+    "--radius", type=Number(0), default=0.0, help="Search and bound balls of this radius."
 )
 @click.option("--points", type=click.IntRange(0, 100_000), default=8, help="Balls to bound.")
-@click.option("--tolerance", type=click.FloatRange(0), help="Outputs may differ by that much.")
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--tolerance", type=Number(0), help="Outputs may differ by that much.")
+@click.option("--time-limit", type=Number(0, min_open=True), help="Seconds.")
 @common_options
 def command(
     settings: Settings,

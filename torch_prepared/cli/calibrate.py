@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import staged_files
@@ -276,14 +277,14 @@ def _clip(ctx: click.Context, param: click.Parameter, value: str | None) -> obje
     return low, high
 
 
-_LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
+_LEVEL = Number(0, 1, min_open=True, max_open=True)
 
 
 @click.command("calibrate")
 @click.argument("model", type=FILE)
 @click.argument("data", type=FILE)
 @click.option(
-    "--eps", type=click.FloatRange(0), multiple=True, required=True,
+    "--eps", type=Number(0), multiple=True, required=True,
     help="Radius of the perturbations; may be repeated.",
 )  # fmt: skip
 @click.option("--norm", type=click.Choice(list(_NORMS)), default="inf", show_default=True)
@@ -296,21 +297,21 @@ _LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
     show_default=True,
 )  # fmt: skip
 @click.option(
-    "--temperature", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+    "--temperature", type=Number(0, min_open=True), default=1.0, show_default=True,
     help="Divide the logits by this.",
 )  # fmt: skip
 @click.option("--check/--no-check", default=True, help="Account for all rounding; slower.")
 @click.option("--attack/--no-attack", default=True, help="Also attack.")
 @click.option(
-    "--sigma", type=click.FloatRange(0, min_open=True),
+    "--sigma", type=Number(0, min_open=True),
     help="Judge the classifier smoothed by noise of this deviation (2-norm) instead.",
 )  # fmt: skip
 @click.option("--noise", type=click.IntRange(1), default=10_000, help="Noise draws per sample.")
 @click.option("--alpha", type=_LEVEL, default=1e-3, help="Level of one noise bound.")
 @click.option("--delta", type=_LEVEL, default=1e-3, help="Level of one radius's result.")
-@click.option("--max-ece", type=click.FloatRange(0, 1), help="Prove this calibration error.")
-@click.option("--max-brier", type=click.FloatRange(0, 1), help="Prove this Brier score.")
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--max-ece", type=Number(0, 1), help="Prove this calibration error.")
+@click.option("--max-brier", type=Number(0, 1), help="Prove this Brier score.")
+@click.option("--time-limit", type=Number(0, min_open=True), help="Seconds.")
 @click.option("--plot", type=FILE, help="Write reliability diagrams to this PNG.")
 @common_options
 def command(settings: Settings, /, **options: object) -> None:

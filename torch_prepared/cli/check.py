@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 
@@ -158,7 +159,7 @@ def run_check(config: CheckConfig) -> Outcome:
 )
 @click.option(
     "--activation-ulp",
-    type=click.FloatRange(0, 1e6),
+    type=Number(0, 1e6),
     help="With float32: error of tanh, sigmoid, ... in units of the last place.",
 )
 @common_options

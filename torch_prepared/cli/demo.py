@@ -13,6 +13,7 @@ import click
 import numpy as np
 
 from torch_prepared.cli._edit_config import EditConfig
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli.edit import run_edit
@@ -176,7 +177,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 @click.option(
     "--images", type=click.IntRange(1, 100), default=20, show_default=True, help="To repair."
 )
-@click.option("--time-limit", type=click.FloatRange(5), default=45.0, show_default=True)
+@click.option("--time-limit", type=Number(5), default=45.0, show_default=True)
 @common_options
 def command(settings: Settings, output: Path, images: int, time_limit: float) -> None:
     """Repair a small digit classifier so that chosen images are provably robust."""

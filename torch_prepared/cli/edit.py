@@ -14,6 +14,7 @@ import click
 
 from torch_prepared.cli._edit_config import EditConfig
 from torch_prepared.cli._edit_outcome import edit_outcome
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import StagedFiles, staged_files
@@ -249,10 +250,8 @@ class _Domain(click.ParamType[tuple[float, float]]):
     type=click.Choice(["1", "2", "inf", "1+inf", "behavior"]),
     help="Distance to minimize; by default the editor chooses.",
 )
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), help="Seconds.")
-@click.option(
-    "--margin", type=click.FloatRange(0), help="Safety margin to aim at, in output units."
-)
+@click.option("--time-limit", type=Number(0, min_open=True), help="Seconds.")
+@click.option("--margin", type=Number(0), help="Safety margin to aim at, in output units.")
 @click.option(
     "--keep",
     type=FILE,

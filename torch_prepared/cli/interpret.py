@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import staged_files
@@ -210,9 +211,9 @@ def _choice(*names: str) -> click.Choice[str]:
               show_default=True, help="What features are sorted by.")  # fmt: skip
 @click.option("--maps", type=_choice("frozen", "moving", "alpha"), default="frozen",
               show_default=True, help="Which derivative is shown.")  # fmt: skip
-@click.option("--widen", type=click.FloatRange(1.0, 1e6), default=2.0, show_default=True,
+@click.option("--widen", type=Number(1.0, 1e6), default=2.0, show_default=True,
               help="For coarsen: the wider region, relative to the property's.")  # fmt: skip
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), default=60.0,
+@click.option("--time-limit", type=Number(0, min_open=True), default=60.0,
               show_default=True, help="Seconds.")  # fmt: skip
 @common_options
 def command(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import staged_files
@@ -234,23 +235,21 @@ def _describe(answer: RadiusBound, kept: list[Path]) -> str:
 @click.option("--norm", type=click.Choice(["1", "2", "inf"]), default="inf", show_default=True)
 @click.option(
     "--radius",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=1.0,
     show_default=True,
     help="Largest radius of interest, in input units.",
 )
 @click.option(
     "--separation",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=1e-3,
     show_default=True,
     help="Closer pairs are not excluded by claims (--match: in output units).",
 )
 @click.option("--method", type=click.Choice(["auto", "milp", "split"]), default="auto")
 @click.option("--domain", help="LO,HI: inputs outside of this range do not count.")
-@click.option(
-    "--time-limit", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True
-)
+@click.option("--time-limit", type=Number(0, min_open=True), default=60.0, show_default=True)
 @click.option("--plot", type=FILE, help="Write a picture (.png).")
 @click.option("--certificate", type=FILE, help="Write the certificate, if there is one.")
 @common_options

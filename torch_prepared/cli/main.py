@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -123,4 +125,11 @@ def command_line() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    command_line(prog_name="torch-prepared")
+    try:
+        command_line(prog_name="torch-prepared")
+    except SystemExit as end:
+        if end.code == ExitCode.INTERRUPTED:  # solvers' threads may still use what exit destroys
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ExitCode.INTERRUPTED)
+        raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import StagedFiles, staged_files
@@ -288,7 +289,7 @@ def _describe(config: PointwiseConfig, result: Result) -> list[str]:
 @click.option("--keep", type=FILE, help="Inputs whose decision must stay (.npz, .npy).")
 @click.option(
     "--keep-weight",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="Price of a kept input's shortfall; without it none is allowed.",
 )
 @click.option("--preserve", type=FILE, help="Inputs whose outputs should stay (.npz, .npy).")
@@ -302,20 +303,16 @@ def _describe(config: PointwiseConfig, result: Result) -> list[str]:
     show_default=True,
     help="What must be proved: exact arithmetic, or any float32 evaluation.",
 )
-@click.option("--margin", type=click.FloatRange(0), help="Margin to aim at, in output units.")
-@click.option(
-    "--budget", type=click.FloatRange(0, min_open=True), help="Largest change of one weight."
-)
-@click.option(
-    "--radius", type=click.FloatRange(0, min_open=True), help="Hold on balls around the examples."
-)
+@click.option("--margin", type=Number(0), help="Margin to aim at, in output units.")
+@click.option("--budget", type=Number(0, min_open=True), help="Largest change of one weight.")
+@click.option("--radius", type=Number(0, min_open=True), help="Hold on balls around the examples.")
 @click.option(
     "--lift", type=click.Choice(["sequential", "one_shot", "auto"]), default="sequential",
     show_default=True, help="Editor for the balls.",
 )  # fmt: skip
 @click.option("--ball-certificate", type=FILE, help="With --radius: certificate of the balls.")
 @click.option("--ball-properties", type=FILE, help="With --radius: the balls, .vnnlib.")
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--time-limit", type=Number(0, min_open=True), help="Seconds.")
 @common_options
 def command(
     settings: Settings,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 
@@ -157,7 +158,7 @@ def _told(job: JobFolder, state: object, submitted: bool) -> Outcome:
 @click.option(
     "--time",
     "minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=60.0,
     show_default=True,
     help="Minutes of wall time.",

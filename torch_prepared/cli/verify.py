@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
 from torch_prepared.cli._outcome import ExitCode, Outcome, finish
 from torch_prepared.cli._staging import staged_files
@@ -104,7 +105,7 @@ def _numbers(values: np.ndarray) -> str:
 @click.argument("model", type=FILE)
 @click.argument("properties", type=FILE, nargs=-1, required=True)
 @click.option("--certificate", type=FILE, help="Write a certificate here if all is proved.")
-@click.option("--time-limit", type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--time-limit", type=Number(0, min_open=True), help="Seconds.")
 @common_options
 def command(
     settings: Settings,

@@ -28,6 +28,7 @@ __all__ = ["HighsMethod", "HighsSolver"]
 
 _LARGEST_INDEX = 2**31 - 1
 _TINY_ENTRIES = 2_000  #: below this many coefficients simplex is faster than interior point
+_LONG = 100_000  #: nonzeros of a linear program that may run long
 _WORKERS_END = 0.5  #: seconds in which HiGHS's workers end; a process that exits before aborts
 
 
@@ -217,9 +218,7 @@ def _set_options(
         )
 
 
-def _branch_and_bound(
-    highs: highspy.Highs, progress: Callable[[float, float], None] | None
-) -> None:
+def _run_aside(highs: highspy.Highs, progress: Callable[[float, float], None] | None) -> None:
     """Run in another thread, so that this one hears Ctrl-C and can pass it on."""
     highs.HandleUserInterrupt = True
     if progress is not None:
@@ -254,10 +253,10 @@ def _run(
     _pass_problem(highs, problem, matrix)
     passed = time.perf_counter() - start
     highs.setOptionValue("time_limit", max(limit - passed, 0.0))
-    if problem.integer is None:
+    if problem.integer is None and matrix.nnz < _LONG:
         highs.run()
     else:
-        _branch_and_bound(highs, settings.progress)
+        _run_aside(highs, settings.progress)
     status = highs.getModelStatus()
     solution, info = highs.getSolution(), highs.getInfo()
     x = np.asarray(solution.col_value, dtype=np.float64) if solution.value_valid else None
