@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Inheriting:
 
 @dataclass(frozen=True)
 class Optimizing:
-    """alpha-CROWN, every inner value included; axes to split come from CROWN's input rows."""
+    """alpha-CROWN, every inner value included; axes to split are those of CROWN."""
 
     chain: Chain
     batch: PropertyBatch
@@ -53,7 +53,7 @@ class Optimizing:
         rows = self.batch.rows.to(self.chain.dtype)
         regions = RegionBatch(tight.lower, tight.upper)
         lower, _ = bound_rows_alpha(self.chain.graph, regions, rows, options=self.options)
-        return LeafBounds(torch.maximum(plain.values, lower), plain.inputs)
+        return replace(plain, values=torch.maximum(plain.values, lower))
 
 
 def make_engine(name: str, chain: Chain, batch: PropertyBatch, iterations: int) -> LeafEngine:

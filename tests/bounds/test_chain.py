@@ -11,6 +11,7 @@ import torch
 
 from torch_prepared import ops
 from torch_prepared.bounds import PropertyBatch, RegionBatch, bound_nodes, bound_rows
+from torch_prepared.bounds._leaf import LeafBounds, LeafEngine
 from torch_prepared.bounds.branch import SplitTree
 from torch_prepared.bounds.chain import Chain
 from torch_prepared.bounds.engine import chain_engine, general_engine, leaf_engine
@@ -128,6 +129,53 @@ def test_bounds_hold_at_samples(dtype: torch.dtype) -> None:
     wide = graph.to(torch.float64)
     outputs = evaluate_graph(wide, points).reshape(100, 10, 3)
     assert bool((values <= outputs + (1e-12 if dtype == torch.float64 else 1e-4)).all())
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.5, 3.0])
+def test_gradients_at_samples_stay_within_reach(radius: float) -> None:
+    graph = _decorated((4, 30, 30, 3), torch.float64)
+    chain = Chain.of(graph)
+    assert chain is not None
+    box, rows = _boxes(10, 4, radius), torch.eye(3, dtype=torch.float64)
+    hidden = chain.bounds(box, rows).hidden
+    share = torch.rand(50, 1, 4, dtype=torch.float64)
+    points = (box.lower + share * (box.upper - box.lower)).reshape(-1, 4).requires_grad_()
+    outputs = evaluate_graph(graph, points)
+    for row in range(3):
+        (found,) = torch.autograd.grad(outputs[:, row].sum(), points, retain_graph=True)
+        steepest = found.abs().reshape(50, 10, 4).amax(dim=0)
+        reach = chain.gradient_reach(hidden, rows[row].expand(10, 3))
+        assert bool((steepest <= reach * (1 + 1e-12)).all())
+        if radius == 0.0:
+            torch.testing.assert_close(reach, steepest)
+
+
+def test_splits_by_rows_and_gradients_need_fewer_leaves_than_by_rows() -> None:
+    leaves = {"both": 0, "rows": 0}
+    zero = torch.zeros(5, dtype=torch.float64)
+    box = Box(zero - 1, zero + 1)
+    for seed in (0, 1, 4):
+        graph = _decorated((5, 40, 40, 40, 2), torch.float64, seed)
+        outputs = evaluate_graph(graph, box.sample(20_000, torch.Generator().manual_seed(1)))
+        margins = outputs[:, 0] - outputs[:, 1]
+        offset = (margins.std() - margins.min()).reshape(1)
+        rows = torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
+        batch = PropertyBatch.of([Property(box, SafeSet.polytope(rows, offset))])
+        chain = Chain.of(graph)
+        assert chain is not None
+        both = chain_engine(chain, batch)
+
+        def by_rows(box: Interval, both: LeafEngine = both) -> LeafBounds:
+            found = both(box)
+            return LeafBounds(found.values, found.inputs)
+
+        for name, engine in (("both", both), ("rows", by_rows)):
+            tree = SplitTree(batch)
+            for _ in tree.grow(engine, Deadline(60), 10_000, chunk=256):
+                pass
+            assert tree.proved
+            leaves[name] += len(tree.leaves)
+    assert leaves["both"] < 0.7 * leaves["rows"]
 
 
 def test_boxes_are_rounded_outward() -> None:

@@ -41,6 +41,7 @@ __all__ = ["POINTS_FORMAT", "PointCertificate", "PointCheck", "PointClaims", "ch
 POINTS_FORMAT = "torch_prepared.points"
 _ARRAYS = ("inputs", "rows", "offset", "point", "clause")
 _CHUNK = 256
+_MAX_MANIFEST = 10_000
 Score = TypeVar("Score", Fraction, float)
 
 
@@ -168,11 +169,14 @@ class PointCertificate(Envelope):
     def _from_content(cls, content: Mapping[str, object]) -> PointCertificate:
         names = ("structure", "weights_digest", "claims", "manifest")
         structure, stored, claims, manifest = fields(content, names, "certificate")
+        told = texts(manifest, "manifest")
+        if len(told) > _MAX_MANIFEST:
+            raise CertificateError(f"manifest: expected at most {_MAX_MANIFEST} fields")
         return cls(
             entries(structure, "structure"),
             text(stored, "weights_digest"),
             PointClaims.from_json(claims),
-            texts(manifest, "manifest"),
+            told,
         )
 
 

@@ -286,7 +286,8 @@ def _fit(certificate: RadiusCertificate, tests: PairTests) -> None:
     if tests.second is not None:
         sizes.append(tests.second.network.input_size)
     if set(sizes) != {n}:
-        raise CertificateError(f"certificate: {n} inputs; the network has {sizes[-1]}")
+        found = " and ".join(map(str, sizes))
+        raise CertificateError(f"certificate: {n} inputs; expected {found}, as the networks have")
     if certificate.directions.shape[1] != first.output_size:
         raise CertificateError(
             f"certificate: directions of {certificate.directions.shape[1]} outputs; the network "

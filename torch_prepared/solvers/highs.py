@@ -29,7 +29,7 @@ __all__ = ["HighsMethod", "HighsSolver"]
 _LARGEST_INDEX = 2**31 - 1
 _TINY_ENTRIES = 2_000  #: below this many coefficients simplex is faster than interior point
 _LONG = 100_000  #: nonzeros of a linear program that may run long
-_WORKERS_END = 0.5  #: seconds in which HiGHS's workers end; a process that exits before aborts
+_WORKERS_END = 1.5  #: seconds in which HiGHS's workers end; a process that exits before aborts
 
 
 class HighsMethod(StrEnum):
