@@ -46,7 +46,7 @@ Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 PRESERVE = 1000
-PRESERVED_SAMPLES = 2500
+PRESERVED_SAMPLES = 10_000
 CIFAR_TEST = 1000
 SAMPLES = {"acasxu": 100_000, "collins_rul_cnn": 5_000}
 DEFAULT_SAMPLES = 20_000

@@ -75,6 +75,46 @@ def test_nearest_keeps_the_rows_and_beats_the_metric_alone() -> None:
         assert distance.size(delta + found.delta) < distance.size(delta + step.delta)
 
 
+def test_steps_come_closer_where_the_metric_knows_next_to_nothing() -> None:
+    """Far steps along directions that a sketch calls free cost much; the true distance knows."""
+    problem, vector = setting()
+    distance = behavior(problem, vector)
+    sketch = distance.metric.sketch
+    assert sketch is not None
+    poor = dataclasses.replace(distance, metric=distance.metric.damped(1e-5), ridge=1e-5)
+    generator = torch.Generator().manual_seed(4)
+    jacobian = torch.randn(3, vector.count, generator=generator, dtype=torch.float64)
+    delta = 0.1 * torch.randn(vector.count, generator=generator, dtype=torch.float64)
+    lift = 0.5 * jacobian.norm(dim=1)
+    rows = poor.extend(None, jacobian)
+    plain, short = poor.step(rows, lift), poor.shortest(rows, delta, lift)
+    near = poor.nearest(rows, delta, lift)
+    assert plain is not None
+    assert short is not None
+    assert near is not None
+    for step in (short, near):
+        assert bool((jacobian @ step.delta >= lift - 1e-6 * lift.abs().max()).all())
+    assert poor.size(delta + short.delta) < 0.7 * poor.size(delta + plain.delta)
+    assert poor.size(delta + near.delta) < poor.size(delta + short.delta)
+    later = poor.after(short)
+    assert later.metric.damping == short.damping > poor.metric.damping
+    again = later.step(rows, lift)
+    assert again is not None
+    torch.testing.assert_close(again.delta, short.delta)
+
+
+def test_grams_of_rows_hold_for_every_damping() -> None:
+    problem, vector = setting()
+    distance = behavior(problem, vector)
+    jacobian = torch.randn(4, vector.count, dtype=torch.float64)
+    rows = distance.extend(distance.extend(None, jacobian[:1]), jacobian[1:])
+    for damping in (distance.ridge, 100 * distance.ridge):
+        metric = distance.metric.damped(damping)
+        expected = metric.solve(jacobian) @ jacobian.T
+        found = metric.gram(rows.products, rows.image)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+
+
 def test_steps_are_measured_where_one_stands_after_looking_around() -> None:
     problem, vector = setting()
     distance = behavior(problem, vector)

@@ -187,8 +187,10 @@ def test_rows_extended_one_by_one_are_the_rows_at_once() -> None:
     distance = QuadraticDistance(euclidean_metric())
     whole = distance.extend(None, jacobian)
     parts = distance.extend(distance.extend(None, jacobian[:2]), jacobian[2:])
-    torch.testing.assert_close(parts.gram, whole.gram)
-    torch.testing.assert_close(parts.take(torch.tensor([4, 1])).gram, whole.gram[[4, 1]][:, [4, 1]])
+    torch.testing.assert_close(parts.products, whole.products)
+    torch.testing.assert_close(
+        parts.take(torch.tensor([4, 1])).products, whole.products[[4, 1]][:, [4, 1]]
+    )
 
 
 def test_a_bundle_never_says_less_than_the_truth_and_replaces_on_request() -> None:

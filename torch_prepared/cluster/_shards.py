@@ -2,7 +2,7 @@
 
 Properties are dealt to ranks in contiguous blocks, and so are weights: a rank computes the
 gradients of its own properties, then hands out their columns, and keeps those of its own weights
-for all properties. The Gram matrix ``J M^-1 J'`` is the sum over ranks of what their columns give.
+for all properties. Inner products ``J J'`` are the sum over ranks of what their columns give.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Shards:
         group: of the ranks.
         distance: of the current search.
         gradients: (k, p) of the last linearization, of this rank's properties.
-        rows: gradients (m, q) and the same times ``M^-1``, of this rank's q weights.
+        rows: gradients (m, q), of this rank's q weights.
     """
 
     task: Task
     group: Group
     distance: Distance | None = None
     gradients: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
     known: dict[tuple[int, ...], MarginFunction] = field(default_factory=dict)
     searched: dict[tuple[int, ...], EditProblem] = field(default_factory=dict)
 
@@ -118,30 +118,28 @@ def share_distance(state: Shards, shared: list[Tensor], mine: list[Tensor]) -> l
 
 
 def append(state: Shards, shared: list[Tensor], mine: list[Tensor]) -> list[Tensor]:
-    """Rows ``old``, then the last gradients, as rows ``new``; tells both new blocks of the Gram."""
+    """Rows ``old``, then the last gradients, as rows ``new``.
+
+    Tells both new blocks of their inner products, and what a metric asks of the fresh rows.
+    """
     old, new = shared[0].tolist()
     if not isinstance(state.distance, QuadraticDistance):
         raise ClusterError("append: got no quadratic distance; expected one")
     parts = blocks(state.gradients.shape[1], state.group.size)
-    inverse = state.distance.metric.solve(state.gradients).to(state.gradients)
-    pair = torch.stack([state.gradients, inverse], dim=1)  # (k, 2, p)
-    sent = [pair[:, :, p].reshape(2 * len(pair), p.stop - p.start) for p in parts]
-    got = torch.cat([p.reshape(len(p) // 2, 2, -1) for p in state.group.exchange(sent) if len(p)])
-    jacobian, inverse = got[:, 0], got[:, 1]
-    fresh = jacobian.double() @ inverse.double().T
-    before = state.rows.get(old)
-    cross = fresh[:0] if before is None else before[1].double() @ jacobian.double().T
-    if before is not None:
-        jacobian, inverse = torch.cat([before[0], jacobian]), torch.cat([before[1], inverse])
-    state.rows[new] = jacobian, inverse
-    return _total(state, torch.cat([fresh, cross]))
+    sent = [state.gradients[:, p].contiguous() for p in parts]
+    fresh = torch.cat([p for p in state.group.exchange(sent) if len(p)])
+    products = fresh.double() @ fresh.double().T
+    if old in state.rows:
+        products = torch.cat([products, state.rows[old].double() @ fresh.double().T])
+        fresh = torch.cat([state.rows[old], fresh])
+    state.rows[new] = fresh
+    return [*_total(state, products), state.distance.metric.image(state.gradients)]
 
 
 def take(state: Shards, shared: list[Tensor], mine: list[Tensor]) -> list[Tensor]:
     """Some of the rows ``old`` as rows ``new``."""
     (old, new), kept = shared[0].tolist(), shared[1]
-    jacobian, inverse = state.rows[old]
-    state.rows[new] = jacobian[kept], inverse[kept]
+    state.rows[new] = state.rows[old][kept]
     return []
 
 
@@ -149,13 +147,13 @@ def effect(state: Shards, shared: list[Tensor], mine: list[Tensor]) -> list[Tens
     """Products of rows with a vector (p,)."""
     rows, vector = int(shared[0]), shared[1]
     own = vector[state.columns(len(vector))]
-    return _total(state, (state.rows[rows][0] @ own.float()).double())
+    return _total(state, (state.rows[rows] @ own.float()).double())
 
 
 def combine(state: Shards, shared: list[Tensor], mine: list[Tensor]) -> list[Tensor]:
-    """This rank's part of a step with given multipliers (m,)."""
-    inverse = state.rows[int(shared[0])][1]
-    return [(shared[1].to(inverse) @ inverse).double()]
+    """This rank's part of the sum of rows by weights (m,)."""
+    rows = state.rows[int(shared[0])]
+    return [(shared[1].to(rows) @ rows).double()]
 
 
 def forget(state: Shards, shared: list[Tensor], mine: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_prepared.cluster import _shards
 from torch_prepared.cluster._ranks import Ranks
 from torch_prepared.cluster._shards import NOTHING
-from torch_prepared.edit._distance import Distance, Rows
+from torch_prepared.edit._distance import Distance, Rows, bordered
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 
 __all__ = ["SharedMargins"]
@@ -90,32 +90,32 @@ class _SpreadLinearization(Linearization):
         number = self.ranks.number()
         old = rows.number if isinstance(rows, _SpreadRows) else NOTHING
         told = self.ranks.call(_shards.append, [torch.tensor([old, number])])
-        k = len(self.rows)
-        fresh, cross = told[0][0][:k], told[0][0][k:]
-        gram = 0.5 * (fresh + fresh.T)
+        k, products = len(self.rows), told[0][0]
+        fresh, cross, image = products[:k], products[k:], torch.cat([part[-1] for part in told])
         if rows is not None:
-            gram = torch.cat([torch.cat([rows.gram, cross], 1), torch.cat([cross.T, gram], 1)])
-        return _SpreadRows.keep(self.ranks, number, gram)
+            fresh = bordered(rows.products, cross, fresh)
+            image = torch.cat([rows.image, image])
+        return _SpreadRows.keep(self.ranks, number, fresh, image)
 
 
 @dataclass(frozen=True)
 class _SpreadRows(Rows):
-    """Rows whose columns the ranks hold; the Gram matrix is here."""
+    """Rows whose columns the ranks hold; their products and images are here."""
 
     ranks: Ranks
     number: int
 
     @classmethod
-    def keep(cls, ranks: Ranks, number: int, gram: Tensor) -> _SpreadRows:
+    def keep(cls, ranks: Ranks, number: int, products: Tensor, image: Tensor) -> _SpreadRows:
         """Rows called ``number`` by the ranks, who forget them when nobody needs this object."""
-        rows = cls(torch.zeros(0, 0), torch.zeros(0, 0), gram, ranks, number)
+        rows = cls(torch.zeros(0, 0), products, image, ranks, number)
         weakref.finalize(rows, ranks.forget, number)
         return rows
 
     def take(self, kept: Tensor) -> _SpreadRows:
         number = self.ranks.number()
         self.ranks.call(_shards.take, [torch.tensor([self.number, number]), kept])
-        return self.keep(self.ranks, number, self.gram[kept][:, kept])
+        return self.keep(self.ranks, number, self.products[kept][:, kept], self.image[kept])
 
     def effect(self, vector: Tensor) -> Tensor:
         return self.ranks.call(_shards.effect, [torch.tensor([self.number]), vector])[0][0]

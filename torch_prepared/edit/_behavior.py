@@ -68,7 +68,7 @@ class Reference:
         domain: tuple[Tensor, Tensor] | None,
         properties: Sequence[Property],
         seed: int,
-        samples: int = 2500,
+        samples: int = 10_000,
     ) -> Reference:
         """The user's inputs, else samples of the stated domain, else samples of the regions."""
         generator = torch.Generator().manual_seed(seed)

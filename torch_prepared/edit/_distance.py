@@ -19,6 +19,7 @@ convex geometry of linear inverse problems" (2012).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,7 +32,7 @@ from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._loss import BehaviorLoss
 from torch_prepared.edit._metric import Metric, behavior_metric
 from torch_prepared.edit._vector import ParameterVector
-from torch_prepared.solvers import LinearProgram, Status, project, solve
+from torch_prepared.solvers import LinearProgram, Status, gram_matrix, project, solve
 
 __all__ = [
     "AtomicDistance",
@@ -40,45 +41,59 @@ __all__ = [
     "QuadraticDistance",
     "Rows",
     "Step",
+    "bordered",
     "choose_distance",
     "quadratic_distance",
 ]
 
 ROUNDS = 300
 OPTIMAL = 1e-3  #: relative gap at which column generation stops
-NEWTON_STEPS, FEWEST_STEPS = 25, 2
+NEWTON_STEPS, FEWEST_STEPS = 8, 2
 NEWTON_FLOPS = 1e10  #: of evaluations, one per step; a step takes about five
-NEWTON_GAIN = 0.98  #: how far a step must bring the distance down to be followed by another
-SHORTER, LEAST_SHARE = 0.4, 1e-3  #: of a step, while the distance does not fall
+NEWTON_GAIN = 0.95  #: how far a step must bring the distance down to be followed by another
+DAMPING_FACTOR, MOST_DAMPING = 4.0, 1e8  #: of the metric, from step to step and of the ridge
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Half-spaces' normals (m, p) with what a distance keeps about them."""
+    """Half-spaces' normals (m, p) with what all metrics of one sketch need to know of them.
+
+    Args:
+        jacobian: (m, p).
+        products: ``jacobian jacobian'`` (m, m), float64.
+        image: (m, k), see :meth:`Metric.image`.
+    """
 
     jacobian: Tensor
-    inverse: Tensor
-    gram: Tensor
+    products: Tensor
+    image: Tensor
 
     def take(self, kept: Tensor) -> Rows:
         """The rows at positions ``kept``."""
-        return Rows(self.jacobian[kept], self.inverse[kept], self.gram[kept][:, kept])
+        return Rows(self.jacobian[kept], self.products[kept][:, kept], self.image[kept])
 
     def effect(self, vector: Tensor) -> Tensor:
         """Inner products (m,) with a vector (p,), float64."""
         return (self.jacobian @ vector.to(self.jacobian)).double()
 
     def combine(self, weights: Tensor) -> Tensor:
-        """The step (p,), float64, whose multipliers are ``weights`` (m,)."""
-        return (weights.to(self.inverse) @ self.inverse).double()
+        """The sum (p,), float64, of the rows by ``weights`` (m,)."""
+        return (weights.to(self.jacobian) @ self.jacobian).double()
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step (p,), float64, and the multipliers (m,) of its rows."""
+    """A step (p,), float64, and the multipliers (m,) of its rows.
+
+    Args:
+        delta: the step.
+        multipliers: of the rows.
+        damping: of the metric in which it was found.
+    """
 
     delta: Tensor
     multipliers: Floats
+    damping: float = 0.0
 
 
 class Distance(ABC):
@@ -101,8 +116,16 @@ class Distance(ABC):
         found = self.step(rows, lift + rows.effect(delta))
         return None if found is None else Step(found.delta - delta, found.multipliers)
 
+    def shortest(self, rows: Rows, delta: Tensor, lift: Tensor) -> Step | None:
+        """A short step from ``delta`` (p,) with ``jacobian @ step >= lift``, if one is found."""
+        return self.step(rows, lift)
+
     def around(self, delta: Tensor) -> Distance:
         """The same distance, steps measured as suits a change (p,) that has gone far."""
+        return self
+
+    def after(self, step: Step) -> Distance:
+        """The same distance, the next step looked for where ``step`` was found."""
         return self
 
 
@@ -116,91 +139,132 @@ class QuadraticDistance(Distance):
         return self.metric.norm_squared(delta)
 
     def extend(self, rows: Rows | None, jacobian: Tensor) -> Rows:
-        inverse = self.metric.solve(jacobian)
-        fresh = _gram(jacobian, inverse)
+        fresh, image = gram_matrix(jacobian), self.metric.image(jacobian)
         if rows is None or not len(rows.jacobian):
-            return Rows(jacobian, inverse, fresh)
-        cross = rows.inverse.double() @ jacobian.double().T
-        gram = torch.cat([torch.cat([rows.gram, cross], 1), torch.cat([cross.T, fresh], 1)])
-        return Rows(torch.cat([rows.jacobian, jacobian]), torch.cat([rows.inverse, inverse]), gram)
+            return Rows(jacobian, fresh, image)
+        every = torch.cat([rows.jacobian, jacobian])
+        cross = rows.jacobian.double() @ jacobian.double().T
+        return Rows(every, bordered(rows.products, cross, fresh), torch.cat([rows.image, image]))
 
     def step(self, rows: Rows, lift: Tensor) -> Step | None:
-        answer = project(rows.gram, lift)
-        if answer.status is Status.INFEASIBLE:
-            return None
-        return Step(rows.combine(torch.from_numpy(answer.multipliers)), answer.multipliers)
+        return _project(self.metric, rows, lift)
 
 
 @dataclass(frozen=True)
 class BehaviorDistance(QuadraticDistance):
-    """The behavior loss plus the metric's damping times the squared 2-norm of the change.
+    """The behavior loss plus a ridge: that times the squared 2-norm of the change.
 
-    Steps are measured by the metric. The nearest change is found by projected quasi-Newton steps,
-    each shortened until the true distance falls; the metric stands for the Hessian.
+    The metric, a sketch at one point, knows few directions and calls others free along which the
+    outputs change all the same. So its damping is no more than a guess: steps are tried with more
+    and with less of it, and the true distance decides, as Levenberg and Marquardt do it. The
+    nearest change is found by projected quasi-Newton steps of that kind.
 
-    Source: Schmidt, Kim and Sra, "Projected Newton-type methods in machine learning" (2011).
+    Source: Schmidt, Kim and Sra, "Projected Newton-type methods in machine learning" (2011);
+    Marquardt, "An algorithm for least-squares estimation of nonlinear parameters" (1963).
 
     Args:
+        ridge: weight of the squared 2-norm.
         origin: (p,) float64, the original weights.
         loss: of the behavior.
         reference: the inputs on which behavior counts.
         seed: of the metric's sketch.
     """
 
+    ridge: float
     origin: Tensor
     loss: BehaviorLoss
     reference: Reference
     seed: int
 
     def size(self, delta: Tensor) -> float:
-        return self.loss.value(self.origin + delta) + self._penalty(delta)
+        return self.loss.value(self.origin + delta) + self.ridge * float(delta.square().sum())
+
+    def shortest(self, rows: Rows, delta: Tensor, lift: Tensor) -> Step | None:
+        found = self._least(lambda metric: [_project(metric, rows, lift)], delta)
+        return None if found is None else found[0]
 
     def nearest(self, rows: Rows, delta: Tensor, lift: Tensor) -> Step | None:
-        starts = self.step(rows, lift), super().nearest(rows, delta, lift)
-        known = [start for start in starts if start is not None]
-        if not known:
+        home = lift + rows.effect(delta)
+
+        def starts(metric: Metric) -> list[Step | None]:
+            there = _project(metric, rows, home)
+            back = None if there is None else replace(there, delta=there.delta - delta)
+            return [_project(metric, rows, lift), back]
+
+        start = self._least(starts, delta)
+        if start is None:
             return None
-        best = min(known, key=lambda start: self.size(delta + start.delta))
-        step, multipliers, size = best.delta, best.multipliers, self.size(delta + best.delta)
+        best, size = start
         for _ in range(self._steps):
-            home = self._newton(delta + step)
-            found = self.step(rows, lift - rows.effect(step) + rows.effect(home))
+            found = self._newton(rows, delta, lift, best, size)
             if found is None:
                 break
-            move, share, before = found.delta - home, 1.0, size
-            while share > LEAST_SHARE:
-                size = self.size(delta + step + share * move)
-                if size < before:
-                    break
-                share *= SHORTER
-            else:
-                break
-            step, multipliers = step + share * move, found.multipliers
+            before, (best, size) = size, found
             if size > NEWTON_GAIN * before:
                 break
-        return Step(step, multipliers)
+        return best
 
     def around(self, delta: Tensor) -> BehaviorDistance:
         loss = self.loss
         changed = loss.vector.split((self.origin + delta).float())
         metric = behavior_metric(
             loss.graph.with_parameters(changed), loss.vector, self.reference, self.seed,
-            self.metric.damping, relative=False,
+            self.ridge, relative=False,
         )  # fmt: skip
-        return replace(self, metric=metric)
+        return replace(self, metric=metric.damped(self.metric.damping))
+
+    def after(self, step: Step) -> BehaviorDistance:
+        return replace(self, metric=self.metric.damped(step.damping)) if step.damping else self
 
     @property
     def _steps(self) -> int:
         """Newton steps worth their time."""
         return int(max(FEWEST_STEPS, min(NEWTON_STEPS, NEWTON_FLOPS / self.loss.flops)))
 
-    def _newton(self, delta: Tensor) -> Tensor:
-        """How far to step back by the metric and the true gradient; ``delta`` if they agree."""
-        slope = 0.5 * self.loss.gradient(self.origin + delta) + self.metric.damping * delta
-        return self.metric.solve(slope[None])[0]
+    def _least(
+        self, trial: Callable[[Metric], list[Step | None]], delta: Tensor
+    ) -> tuple[Step, float] | None:
+        """Of steps found with several dampings, the one that ends nearest, and where it ends."""
 
-    def _penalty(self, delta: Tensor) -> float:
-        return self.metric.damping * float(delta.square().sum())
+        def at(damping: float) -> tuple[Step, float] | None:
+            found = [step for step in trial(self.metric.damped(damping)) if step is not None]
+            sized = [(step, self.size(delta + step.delta)) for step in found]
+            return min(sized, key=lambda pair: pair[1], default=None)
+
+        best = at(self.metric.damping)
+        if best is None:
+            return None
+        for factor in (DAMPING_FACTOR, 1.0 / DAMPING_FACTOR):
+            damping, start = factor * self.metric.damping, best
+            while self.ridge <= damping <= MOST_DAMPING * self.ridge:
+                found = at(damping)
+                if found is None or found[1] >= best[1]:
+                    break
+                best, damping = found, factor * damping
+            if best is not start:
+                break
+        return best
+
+    def _newton(
+        self, rows: Rows, delta: Tensor, lift: Tensor, best: Step, size: float
+    ) -> tuple[Step, float] | None:
+        """One more step after ``best`` and where it ends; None when none comes closer."""
+        here = delta + best.delta
+        slope = 0.5 * self.loss.gradient(self.origin + here) + self.ridge * here
+        image = self.metric.image(slope[None])
+        damping = best.damping
+        while damping <= MOST_DAMPING * self.ridge:
+            metric = self.metric.damped(damping)
+            free = -metric.solve(slope[None], image)[0]
+            found = _project(metric, rows, lift - rows.effect(best.delta + free))
+            if found is not None:
+                step = best.delta + free + found.delta
+                closer = self.size(delta + step)
+                if closer < size:
+                    less = max(self.ridge, damping / DAMPING_FACTOR)
+                    return Step(step, found.multipliers, less), closer
+            damping *= DAMPING_FACTOR
+        return None
 
 
 @dataclass(frozen=True)
@@ -216,7 +280,8 @@ class AtomicDistance(Distance):
 
     def extend(self, rows: Rows | None, jacobian: Tensor) -> Rows:
         every = jacobian if rows is None else torch.cat([rows.jacobian, jacobian])
-        return Rows(every, every.new_zeros(len(every), 0), every.new_zeros(len(every), len(every)))
+        m = len(every)
+        return Rows(every, every.new_zeros(m, m), every.new_zeros(m, 0))
 
     def step(self, rows: Rows, lift: Tensor) -> Step | None:
         matrix = rows.jacobian.double()
@@ -292,9 +357,19 @@ def quadratic_distance(
     if loss is None:
         return QuadraticDistance(metric)
     origin = vector.flatten(problem.exact.parameters).detach().clone()
-    return BehaviorDistance(metric, origin, loss, reference, problem.options.seed)
+    return BehaviorDistance(metric, metric.damping, origin, loss, reference, problem.options.seed)
 
 
-def _gram(jacobian: Tensor, inverse: Tensor) -> Tensor:
-    gram = jacobian.double() @ inverse.double().T
-    return 0.5 * (gram + gram.T)
+def bordered(old: Tensor, cross: Tensor, fresh: Tensor) -> Tensor:
+    """The symmetric matrix of blocks ``old`` (m, m), ``cross`` (m, k) and ``fresh`` (k, k)."""
+    return torch.cat([torch.cat([old, cross], 1), torch.cat([cross.T, fresh], 1)])
+
+
+def _project(metric: Metric, rows: Rows, lift: Tensor) -> Step | None:
+    """The smallest step in a metric with ``jacobian @ step >= lift`` (m,)."""
+    answer = project(metric.gram(rows.products, rows.image), lift)
+    if answer.status is Status.INFEASIBLE:
+        return None
+    weights = torch.from_numpy(answer.multipliers)
+    delta = metric.solve(rows.combine(weights)[None], (weights @ rows.image)[None])[0]
+    return Step(delta, answer.multipliers, metric.damping)

@@ -153,32 +153,35 @@ class Forest:
                 tree.search(engine, tree.open[chosen[:CHUNK]], 0.0)
         return self.open_count
 
-    def leaf_rows(
-        self, nodes: Sequence[Integers], least: float, worst: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients (m, p) and margins (m,) of some leaves.
+    def choose(self, nodes: Sequence[Integers], least: float, worst: bool) -> list[Integers]:
+        """Some leaves of every tree, few enough for gradients.
 
         Args:
             nodes: leaves of every tree.
             least: leaves with lower margins are passed over.
             worst: take those of lowest margins, else random ones.
         """
-        theta = self.walk.theta
-        found, values = [theta.new_zeros(0, len(theta))], [theta.new_zeros(0)]
-        share = max(FEWEST_ROWS, MOST_ROWS // len(self.trees))
-        engines = self._engines(self._exact)
-        for tree, engine, rows, leaves in zip(self.trees, engines, self.rows, nodes, strict=True):
+        share, chosen = max(FEWEST_ROWS, MOST_ROWS // len(self.trees)), []
+        for tree, rows, leaves in zip(self.trees, self.rows, nodes, strict=True):
             margins = tree.margins(leaves)
             leaves, margins = leaves[margins >= least], margins[margins >= least]
-            if not len(leaves):
-                continue
             order = np.argsort(margins)
             if not worst:
                 order = torch.randperm(len(leaves), generator=self.generator).numpy()
-            chosen = leaves[order[: min(share, rows.most_rows)]]
-            boxes, alphas = tree.boxes(chosen), None
+            chosen.append(leaves[order[: min(share, rows.most_rows)]])
+        return chosen
+
+    def leaf_rows(self, chosen: Sequence[Integers]) -> tuple[Tensor, Tensor]:
+        """Gradients (m, p) and margins (m,) of chosen leaves of every tree."""
+        theta = self.walk.theta
+        found, values = [theta.new_zeros(0, len(theta))], [theta.new_zeros(0)]
+        engines = self._engines(self._exact)
+        for tree, engine, rows, leaves in zip(self.trees, engines, self.rows, chosen, strict=True):
+            if not len(leaves):
+                continue
+            boxes, alphas = tree.boxes(leaves), None
             if isinstance(engine, SlopedEngine):
-                slopes = engine.slopes.chosen(boxes, tree.shares(chosen, engine.slopes.size))
+                slopes = engine.slopes.chosen(boxes, tree.shares(leaves, engine.slopes.size))
                 alphas = engine.slopes.by_node(slopes.double())
             jacobian, value = rows.leaf_rows(theta, boxes, alphas)
             found.append(jacobian)

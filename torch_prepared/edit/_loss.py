@@ -17,7 +17,7 @@ from torch_prepared.relax import evaluate_graph
 __all__ = ["BehaviorLoss"]
 
 PASS_FLOPS = 2e10  #: of one evaluation, about
-MOST_INPUTS, FEWEST_INPUTS = 3000, 300
+MOST_INPUTS, FEWEST_INPUTS = 10_000, 300
 
 
 @dataclass(frozen=True)

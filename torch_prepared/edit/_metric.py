@@ -46,12 +46,34 @@ class Metric:
     sketch: Sketch | None = None
     factor: Tensor | None = None
 
-    def solve(self, rows: Tensor) -> Tensor:
-        """``rows M^-1``: (m, p) to (m, p), by Woodbury."""
-        if self.sketch is None or self.factor is None or not len(rows):
+    def damped(self, damping: float) -> Metric:
+        """The same sketch with another damping."""
+        if self.sketch is None:
+            return Metric(damping)
+        return Metric(damping, self.sketch, _factor(self.sketch, damping))
+
+    def image(self, rows: Tensor) -> Tensor:
+        """``rows R'``: (m, p) to (m, k), float64; k is 0 without a sketch."""
+        if self.sketch is None:
+            return torch.zeros(len(rows), 0, dtype=torch.float64)
+        return self.sketch.times(rows).double()
+
+    def gram(self, products: Tensor, image: Tensor) -> Tensor:
+        """``rows M^-1 rows'`` from ``rows rows'`` (m, m) and :meth:`image` (m, k), float64."""
+        return (products - self._inner(image) @ image.T) / self.damping
+
+    def solve(self, rows: Tensor, image: Tensor | None = None) -> Tensor:
+        """``rows M^-1``: (m, p) to (m, p), by Woodbury; ``image`` is computed when None."""
+        if self.sketch is None or not len(rows):
             return rows / self.damping
-        inner = torch.cholesky_solve(self.sketch.times(rows).T.to(self.factor), self.factor).T
+        inner = self._inner(self.image(rows) if image is None else image)
         return (rows - self.sketch.combine(inner).to(rows)) / self.damping
+
+    def _inner(self, image: Tensor) -> Tensor:
+        """``image (damping I + R R')^-1``: (m, k) to (m, k)."""
+        if self.factor is None or not len(image):
+            return image
+        return torch.cholesky_solve(image.T, self.factor).T
 
     def norm_squared(self, delta: Tensor) -> float:
         """``delta' M delta`` of a vector (p,)."""
@@ -99,9 +121,15 @@ def behavior_metric(
     unit = float(gram.diagonal().sum()) / vector.count if relative else 1.0
     absolute = max(damping * unit, 1e-30)
     sketch = _principal(sketch, gram, absolute, vector.count)
+    return Metric(absolute, sketch, _factor(sketch, absolute))
+
+
+def _factor(sketch: Sketch, damping: float) -> Tensor:
+    """Cholesky factor (k, k) of ``damping I + R R'``."""
     gram = sketch.gram()
-    gram.diagonal().add_(absolute)
-    return Metric(absolute, sketch, torch.linalg.cholesky(gram))
+    gram.diagonal().add_(damping)
+    factor: Tensor = torch.linalg.cholesky(gram)
+    return factor
 
 
 def _affordable_rows(graph: Graph, vector: ParameterVector) -> int:

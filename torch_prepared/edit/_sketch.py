@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -109,6 +110,10 @@ class _BlockSketch(Sketch):
     blocks: tuple[_Block, ...]
 
     def gram(self) -> Tensor:
+        return self._products.clone()
+
+    @cached_property
+    def _products(self) -> Tensor:
         return torch.stack([block.gram().double() for block in self.blocks]).sum(dim=0)
 
     def times(self, rows: Tensor) -> Tensor:
@@ -139,6 +144,10 @@ class FlatSketch(Sketch):
     rows: Tensor
 
     def gram(self) -> Tensor:
+        return self._products.clone()
+
+    @cached_property
+    def _products(self) -> Tensor:
         return (self.rows @ self.rows.T).double()
 
     def times(self, rows: Tensor) -> Tensor:

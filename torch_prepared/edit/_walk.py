@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torch_prepared.edit._base import EditProblem
-from torch_prepared.edit._distance import Distance
+from torch_prepared.edit._distance import Distance, Step
 from torch_prepared.edit._vector import ParameterVector
 
 __all__ = ["Walk"]
@@ -37,8 +37,8 @@ class Walk:
 
     def shortest(self, jacobian: Tensor, wanted: Tensor) -> Tensor | None:
         """The shortest step (p,) with ``jacobian @ step >= wanted``; None when there is none."""
-        found = self.measure.step(self.measure.extend(None, jacobian), wanted)
-        return None if found is None else found.delta
+        rows = self.measure.extend(None, jacobian)
+        return self._follow(self.measure.shortest(rows, self.theta - self.origin, wanted))
 
     def nearest(self, jacobian: Tensor, rise: Tensor) -> Tensor | None:
         """The step to the point nearest to the origin where rows have risen by ``rise``.
@@ -46,12 +46,17 @@ class Walk:
         Rows are those of the linearization at the current parameters.
         """
         rows = self.measure.extend(None, jacobian)
-        found = self.measure.nearest(rows, self.theta - self.origin, rise)
-        return None if found is None else found.delta
+        return self._follow(self.measure.nearest(rows, self.theta - self.origin, rise))
 
     def look_around(self) -> None:
         """From here on, measure steps as suits the current parameters."""
         self.measure = self.measure.around(self.theta - self.origin)
+
+    def _follow(self, step: Step | None) -> Tensor | None:
+        if step is None:
+            return None
+        self.measure = self.measure.after(step)
+        return step.delta
 
     def stored(self) -> dict[str, Tensor]:
         """The current parameters, rounded to what they are stored in."""

@@ -45,19 +45,28 @@ __all__ = ["RefineEditor"]
 logger = logging.getLogger(__name__)
 
 ROUNDS = 200
-HOME_ROUNDS = 3
+HOME_ROUNDS = 6
 LIFTS = 4
 WORTH = 0.3  #: share of the open leaves that one more lift must close
 CHEAP = 2e-5  #: distance below which the aim may be raised before anything else
 EARLY_RAISES, EARLY_SHARE = 3, 0.1  #: at most so often, in this share of the time left
-RAISES = 8  #: times that the aim is doubled at most for trees that grow too large
+RAISE, RAISES = 2.0, 8  #: of the aim, and times that trees that grow too large raise it at most
+CROWDED = 0.4  #: share of open leaves in such trees beyond which the aim is raised twice at once
 RAISE_SHARE = 0.5  #: of the capacity, past which trees are too large
 OPEN_SHARE = 0.2  #: of these leaves, that must be open
 COARSEN_SHARE = 0.2  #: of the time left
 SPLIT_SPARE = 0.07  #: share of the aim that new leaves must have in hand
 LOW_CENTER = 0.2  #: margins of leaf centers below this share of the aim become points
 LEAF_AIM, POINT_AIM = 0.15, 0.7  #: shares of the aim that lifted leaves and points must reach
-HOME_DROP = 0.3  #: share of the aim that leaves may lose on the way home, to be split again
+POINT_FLOOR = 0.3  #: share of the aim that points must keep on the way home
+HOME_AIM = 0.5  #: of the aim, on the way home
+FIRST_CAUTION, LEAST_CAUTION, MOST_CAUTION = (
+    0.5,
+    0.1,
+    20.0,
+)  #: steps home go 1 / (1 + it) of the way
+FIRST_DROP, MOST_DROP = 0.5, 30.0  #: in aims, of leaves on the way home, to be split again
+HOME_CUTS = 2  #: sets of leaves, each opened by a step that the last set did not forbid
 HOME_GAIN = 0.98  #: share of the distance that a way home must reach
 FEWEST_NODES = 20_000  #: of one round of growth
 START_SECONDS = 1.0  #: that checking takes before the first leaf, for planning
@@ -196,9 +205,9 @@ class _Refinement:
 
     def _raise_aim(self) -> None:
         """Aim at more, and start new trees: wider margins need fewer leaves."""
-        self.aim *= 2.0
+        crowded = self.forest.open_count > CROWDED * self.forest.leaf_count
+        self._aim_at((RAISE**2 if crowded else RAISE) * self.aim)
         self.raises += 1
-        self.points.aim = self.aim
         self.walk.look_around()
         self.points.satisfy(self.deadline)
         self.forest.fell()
@@ -218,35 +227,78 @@ class _Refinement:
         return f"time over with open leaves in {self.forest.what_is_open()}"
 
     def _go_home(self) -> None:
-        """Move toward the origin as long as the properties can be proved again."""
-        caution = 0.5
+        """Move toward the origin as long as the properties can be proved again.
+
+        Leaves may lose some of their margin on the way, to be split again: the more, the better
+        that went, and the less room is left in the trees.
+        """
+        caution, drop = FIRST_CAUTION, FIRST_DROP
         self.walk.look_around()
-        while not self._out_of_time() and caution < 20:
+        self._aim_at(HOME_AIM * self.aim)
+        while not self._out_of_time() and caution < MOST_CAUTION and drop < MOST_DROP:
             kept, distance = (self.walk.theta, self.forest.trees), self.walk.distance()
-            step = self._step_home(caution)
+            room = max(0.0, 1.0 - self.forest.leaf_count / self.capacity)
+            step = self._step_home(caution, drop * room * self.aim)
             if step is None:
                 return
             self.walk.theta = self.walk.theta + step
             self.forest.trees = self.forest.copy().trees
             self._prove(HOME_ROUNDS, 0)
-            closer = self.walk.distance()
-            if self._is_done() and closer < HOME_GAIN * distance:
-                logger.info("home: distance %g -> %g", distance, closer)
-                caution = max(0.5 * caution, 0.25)
-                continue
-            self.walk.theta, self.forest.trees = kept
-            caution *= 4
+            closer, done = self.walk.distance(), self._is_done()
+            logger.info(
+                "home: caution %g, drop %g, %s, distance %g -> %g",
+                caution, drop, "proved" if done else "not proved", distance, closer,
+            )  # fmt: skip
+            if not done or closer >= HOME_GAIN * distance:
+                self.walk.theta, self.forest.trees = kept
+            if done:
+                caution, drop = max(0.5 * caution, LEAST_CAUTION), 2.0 * drop
+            else:
+                caution, drop = 3.0 * caution, 0.3 * drop
 
-    def _step_home(self, caution: float) -> Tensor | None:
-        """The step toward the nearest network on linearized leaves and points, made shorter."""
+    def _aim_at(self, aim: float) -> None:
+        self.aim = self.points.aim = aim
+
+    def _step_home(self, caution: float, loss: float) -> Tensor | None:
+        """The step toward the nearest network on linearized leaves and points, made shorter.
+
+        Leaves may lose a margin of ``loss``.
+        """
+        spare = LEAF_AIM * self.aim
         leaves = [tree.leaves for tree in self.forest.trees]
-        jacobian, value = self.forest.leaf_rows(leaves, -np.inf, worst=True)
-        room = max(0.0, 1.0 - self.forest.leaf_count / self.capacity)
-        goal = value.clamp_max(LEAF_AIM * self.aim) - HOME_DROP * room * self.aim
-        rows, margins = self.points.rows(near=2 * self.aim)
-        rise = torch.cat([goal - value, margins.clamp_max(LEAF_AIM * self.aim) - margins])
-        step = self.walk.nearest(torch.cat([jacobian, rows]), rise * (1 + caution))
-        return None if step is None else step / (1 + caution)
+        chosen = self.forest.choose(leaves, -np.inf, worst=True)
+        known, step = chosen, None
+        normals, margins = self.points.rows(near=2 * self.aim)
+        rise = margins.clamp_max(POINT_FLOOR * self.aim) - margins
+        for _ in range(HOME_CUTS):
+            jacobian, value = self.forest.leaf_rows(chosen)
+            normals = torch.cat([normals, jacobian])
+            rise = torch.cat([rise, value.clamp_max(spare) - loss - value])
+            step = self.walk.nearest(normals, rise * (1 + caution))
+            if step is None:
+                return None
+            step = step / (1 + caution)
+            chosen = self._surprises(step, known, spare, loss)
+            if not any(len(part) for part in chosen):
+                break
+            known = [np.concatenate(pair) for pair in zip(known, chosen, strict=True)]
+        return step
+
+    def _surprises(
+        self, step: Tensor, known: list[Integers], spare: float, loss: float
+    ) -> list[Integers]:
+        """The leaves that a step would open most, other than known ones."""
+        before, moved = self.forest, self.forest.copy()
+        theta = self.walk.theta
+        self.walk.theta = theta + step
+        moved.bound()
+        self.walk.theta = theta
+        opened = []
+        for old, new, used in zip(before.trees, moved.trees, known, strict=True):
+            rest = np.setdiff1d(old.leaves, used)
+            goal = np.minimum(old.margins(rest), spare) - loss
+            opened.append(rest[~(new.margins(rest) >= goal)])
+        return moved.choose(opened, -np.inf, worst=True)
 
     def _collect(self, position: int, centers: Tensor) -> bool:
         """Whether a center of a box has a low margin; some such centers become points."""
@@ -284,11 +336,12 @@ class _Refinement:
     def _lift_once(self, opened: list[Integers], reach: float) -> bool:
         """The shortest step that lifts some of the open leaves; False when there is none."""
         trees, goal = self.forest.trees, LEAF_AIM * self.aim
-        jacobian, value = self.forest.leaf_rows(opened, -reach * self.aim, worst=False)
+        forest = self.forest
+        jacobian, value = forest.leaf_rows(forest.choose(opened, -reach * self.aim, worst=False))
         if not len(value):
             return False
         proved = [np.setdiff1d(tree.leaves, o) for tree, o in zip(trees, opened, strict=True)]
-        guard_rows, guards = self.forest.leaf_rows(proved, -np.inf, worst=True)
+        guard_rows, guards = forest.leaf_rows(forest.choose(proved, -np.inf, worst=True))
         point_rows, points = self.points.rows(near=2 * self.aim)
         rise = torch.cat(
             [goal - value, guards.clamp_max(goal) - guards, POINT_AIM * self.aim - points]
