@@ -13,7 +13,10 @@ back      test image 0 back to its class, from the network that ``there`` return
 
 Accuracy is that on all 10,000 test images, before and after. ``behavior`` preserves the outputs on
 40,000 other training images; the other methods minimize a norm of the weight change. ``seconds``
-are wall time, ``cpu_seconds`` those of the process.
+are wall time, ``cpu_seconds`` those of the process. Rows of one image that was given a wrong class
+also hold bounds of the radius around it in which that class reaches after the edit
+(``certified_radius``, by CROWN, and ``attacked_radius``), and the distance to the nearest of the
+40,000 images, in both norms.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from torch import Tensor
 
 from benchmarks import _figure
 from benchmarks._common import SCHEMA, environment, write_json
+from benchmarks._pointwise_radius import class_radius, nearest
 from torch_prepared.core.capture import capture_module
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import load_onnx
-from torch_prepared.edit.pointwise import edit_points
+from torch_prepared.edit.pointwise import Outcome, edit_points
 from torch_prepared.relax import evaluate_graph
 
 NETWORK = "vnncomp2022/mnist_fc/onnx/mnist-net_256x2.onnx.gz"
@@ -171,6 +175,9 @@ def run_case(
         "relative_l2": result.delta.relative_l2,
         "message": result.message[:200],
     }
+    if len(x) == 1 and case.task in ("implant", "there") and result.outcome is Outcome.EDITED:
+        row |= class_radius(model, x[0], int(targets[0]))
+        row |= nearest(x[0], train.inputs[:PRESERVE])
     return row, model
 
 
@@ -223,7 +230,14 @@ def run(
         print(
             f"{case.key}: {row['status']} by {row['used']} in {row['seconds']:.1f} s "
             f"(cpu {row['cpu_seconds']:.1f}), accuracy {row['accuracy_before']:.2f} -> "
-            f"{row['accuracy_after']:.2f}",
+            f"{row['accuracy_after']:.2f}"
+            + (
+                f", class reaches {row['certified_radius']:.4f} to {row['attacked_radius']:.4f}, "
+                f"nearest kept image at {row['nearest_kept_linf']:.3f} (2-norm "
+                f"{row['nearest_kept_l2']:.2f})"
+                if "certified_radius" in row
+                else ""
+            ),
             flush=True,
         )
         settings = {"limit": limit, "threads": threads, "preserve": PRESERVE, "held": HELD}

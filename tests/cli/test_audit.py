@@ -58,7 +58,7 @@ def test_bad_input_is_one_line(
     run: Run, write_model: WriteModel, data: Path, tmp_path: Path
 ) -> None:
     a = write_model("a.onnx")
-    assert "--data" in one_line_error(run("audit", a, a))
+    assert "neither data" in one_line_error(run("audit", a, a, "--radius", "0.1"))
     assert "domain" in one_line_error(run("audit", a, a, "--domain", "1"))
     assert "domain" in one_line_error(run("audit", a, a, "--domain", "2,1"))
     broken = tmp_path / "broken.onnx"
@@ -67,3 +67,36 @@ def test_bad_input_is_one_line(
     wide = tmp_path / "wide.npz"
     np.savez(wide, inputs=np.zeros((2, 3)))
     one_line_error(run("audit", a, a, "--data", wide))
+
+
+def test_without_data_or_domain_weights_alone_are_compared(
+    run: Run, write_model: WriteModel
+) -> None:
+    a, b = write_model("a.onnx"), write_model("b.onnx", output_weight=1.3)
+    result = run("audit", a, b, "--json")
+    assert result.exit_code == 20, result.output
+    found = only_json(result)
+    assert found["status"] == "unknown"
+    assert "1 of 4 parameters differ, most of all second.weight" in found["message"]
+    assert "no data and no domain were given, so only weights were compared" in found["message"]
+    assert [layer["name"] for layer in found["layers"]] == ["second.weight"]
+    assert found["data"] is None
+    assert found["suspects"] == found["bounds"] == []
+    same = run("audit", a, write_model("c.onnx"))
+    assert same.exit_code == 0
+    assert "only weights were compared" in same.stdout
+    text = run("audit", a, b)
+    assert "second.weight: 4 of 8 entries changed" in text.stdout
+
+
+def test_the_largest_difference_on_balls_is_told(
+    run: Run, write_model: WriteModel, data: Path
+) -> None:
+    a, b = write_model("a.onnx"), write_model("b.onnx", output_weight=1.0 + 1e-4)
+    arguments = ("audit", a, b, "--data", data, "--radius", "0.01", "--points", "2", "--exact")
+    found = only_json(run(*arguments, "--json"))["largest"]
+    assert len(found) == 2
+    for ball in found:
+        assert ball["complete"]
+        assert ball["upper"] == pytest.approx(ball["lower"], rel=2e-3)
+    assert "branch and bound" in run(*arguments).stdout

@@ -175,3 +175,49 @@ def test_a_time_limit_that_is_no_number_is_refused(
     out, certificate = _files(tmp_path)
     tail = ("-o", out, "--certificate", certificate, "--time-limit", "nan")
     assert "--time-limit" in one_line_error(run("pointwise", write_model(), examples, *tail))
+
+
+@pytest.mark.parametrize("compute", ["float64", "tf32", "bfloat16"])
+def test_a_float_verdict_in_another_type_is_replayed(
+    run: Run, write_model: WriteModel, examples: Path, tmp_path: Path, compute: str
+) -> None:
+    out, certificate = _files(tmp_path)
+    result = run(
+        "pointwise", write_model(), examples, "-o", out, "--certificate", certificate,
+        "--norm", "inf", "--verify", "float", "--compute", compute, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = only_json(result)
+    assert data["verified"] == "verified-float"
+    assert data["compute"] == compute
+    assert data["margin_float"] > 0
+    checked = run("check", certificate, out, examples, "--arithmetic", compute, "--json")
+    assert checked.exit_code == 0, checked.output
+    assert only_json(checked)["arithmetic"] == compute
+
+
+def test_a_margin_for_float32_is_not_certified_in_bfloat16(
+    run: Run, write_model: WriteModel, examples: Path, tmp_path: Path
+) -> None:
+    out, certificate = _files(tmp_path)
+    tail = ("-o", out, "--certificate", certificate, "--norm", "inf", "--margin", "1e-4")
+    assert run("pointwise", write_model(), examples, *tail).exit_code == 0
+    assert run("check", certificate, out, examples, "--arithmetic", "float32").exit_code == 0
+    assert run("check", certificate, out, examples, "--arithmetic", "bfloat16").exit_code == 20
+
+
+def test_biases_or_a_few_weights_alone_are_changed(
+    run: Run, write_model: WriteModel, examples: Path, tmp_path: Path
+) -> None:
+    out, certificate = _files(tmp_path)
+    tail = ("-o", out, "--certificate", certificate, "--json")
+    model = write_model()
+    moved = only_json(run("pointwise", model, examples, *tail, "--layer", "biases"))
+    assert moved["status"] == "certified"
+    assert "biases of" in moved["method"]
+    assert ".weight" not in moved["manifest"]["changed_parameters"]
+    few = run("pointwise", model, examples, *tail, "--free", "2", "--norm", "1")
+    assert few.exit_code == 0, few.output
+    assert only_json(few)["delta"]["changed"] <= 2
+    wrong = run("pointwise", model, examples, *tail[:-1], "--free", "99", "--norm", "1")
+    assert "1 to 8" in one_line_error(wrong)

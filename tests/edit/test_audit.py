@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import mlp, residual_net
+from tests.helpers import conv_net, mlp, residual_net
 from torch_prepared.edit.audit import (
     AuditVerdict,
     audit_networks,
     bound_difference,
     difference_graph,
+    largest_difference,
 )
 from torch_prepared.edit.pointwise import edit_points
-from torch_prepared.errors import SpecError
+from torch_prepared.errors import SpecError, UnsupportedOperationError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Box
 
@@ -115,7 +116,7 @@ def test_a_domain_stands_in_for_data(graph) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "neither"),
+        ({"radius": 0.1}, "neither"),
         ({"inputs": torch.zeros(2, 4)}, "shape"),
         ({"inputs": torch.full((2, 5), float("nan"))}, "finite"),
         ({"inputs": torch.zeros(2, 5), "labels": torch.zeros(3)}, "labels"),
@@ -132,3 +133,61 @@ def test_bad_input_is_refused(graph, arguments, message: str) -> None:
 def test_other_shapes_are_refused(graph) -> None:
     with pytest.raises(SpecError, match="shapes"):
         audit_networks(graph, mlp((5, 4, 2)), domain=(0.0, 1.0))
+
+
+def test_without_inputs_only_weights_are_compared(graph) -> None:
+    moved = audit_networks(graph, _moved(graph, "linear3.weight"))
+    assert moved.verdict is AuditVerdict.UNKNOWN
+    assert [change.name for change in moved.layers] == ["linear3.weight"]
+    assert moved.data is None
+    assert moved.suspects == moved.bounds == ()
+    assert "only weights were compared" in moved.message
+    same = audit_networks(graph, graph, inputs=torch.zeros(0, 5))
+    assert same.verdict is AuditVerdict.SAME
+
+
+@pytest.mark.parametrize("name", ["linear1.weight", "linear3.bias"])
+def test_branch_and_bound_finds_the_largest_difference(name: str) -> None:
+    graph = mlp((2, 6, 2))
+    torch.manual_seed(3)
+    after = _moved(graph, name, 0.2)
+    region = Box(torch.tensor([-0.5, -0.2]), torch.tensor([0.7, 0.9]))
+    found = largest_difference(graph, after, region)
+    steps = torch.cartesian_prod(*2 * [torch.linspace(0, 1, 400, dtype=torch.float64)])
+    x = region.lower + (region.upper - region.lower) * steps
+    seen = float((evaluate_graph(after, x) - evaluate_graph(graph, x)).abs().max())
+    assert found.complete
+    assert seen <= found.upper <= bound_difference(graph, after, region).bound
+    assert found.upper == pytest.approx(seen, rel=0.01)
+    gap = evaluate_graph(after, found.x[None]) - evaluate_graph(graph, found.x[None])
+    assert float(gap.abs().max()) == found.lower <= found.upper
+    assert bool(((found.x >= region.lower) & (found.x <= region.upper)).all())
+
+
+def test_an_unfinished_search_still_bounds_the_difference() -> None:
+    graph = mlp((5, 24, 24, 3))
+    after = _moved(graph, "linear1.weight")
+    region = Box(torch.full((5,), -1.0), torch.full((5,), 1.0))
+    found = largest_difference(graph, after, region, time_limit=0.5)
+    assert not found.complete
+    assert found.lower < found.upper <= bound_difference(graph, after, region).bound * 1.01
+    equal = largest_difference(graph, graph, region)
+    assert equal.lower == equal.upper == 0.0
+    tanh = conv_net("tanh")
+    moved = _moved(tanh, next(n for n in tanh.parameters if n.startswith("linear")))
+    ball = Box(torch.zeros(tanh.input_size), torch.ones(tanh.input_size))
+    with pytest.raises(UnsupportedOperationError, match="tanh"):
+        largest_difference(tanh, moved, ball)
+
+
+def test_an_exact_audit_of_a_small_network(graph) -> None:
+    after = _moved(graph, "linear5.weight", 1e-3)
+    audit = audit_networks(
+        graph, after, inputs=torch.randn(20, 5), radius=0.05, points=2, exact=True, time_limit=20
+    )
+    assert len(audit.largest) == len(audit.bounds) == 2
+    for (i, found), (j, bound) in zip(audit.largest, audit.bounds, strict=True):
+        assert i == j
+        assert found.complete
+        assert 0 < found.lower <= found.upper <= bound.bound
+        assert any(np.array_equal(s.x, found.x.numpy()) for s in audit.suspects)

@@ -2,7 +2,7 @@
 
 Nothing in such a certificate needs to be trusted or searched: the network as stored is evaluated
 anew at every point, in exact rational arithmetic where all operators are rational, or by enclosing
-every float32 evaluation in any order of summation.
+every evaluation in a compute type (float32, say) in any order of summation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from torch_prepared.certify.checker import Verdict
+from torch_prepared.certify.compute import (
+    COMPUTE_TYPES,
+    ComputeType,
+    arithmetic_of,
+    refusal,
+    stored_as,
+)
 from torch_prepared.certify.dyadic import evaluate_dyadic
 from torch_prepared.certify.encoding import (
     ArrayReader,
@@ -31,7 +38,7 @@ from torch_prepared.certify.encoding import (
 from torch_prepared.certify.envelope import Envelope, match_network, weights_digest
 from torch_prepared.certify.exact import evaluate_exactly
 from torch_prepared.certify.network import read_network
-from torch_prepared.certify.operators import Arithmetic, Enclosure
+from torch_prepared.certify.operators import Enclosure
 from torch_prepared.certify.records import NetworkRecord
 from torch_prepared.certify.rounding import BoolArray, FloatArray, IntArray
 from torch_prepared.errors import CertificateError, UnsupportedOperationError
@@ -188,7 +195,7 @@ class PointCheck:
         status: certified only when every point is.
         margins: (b,) proved lower bound of each point's margin; NaN where nothing was proved.
         failed: positions of points that are not proved.
-        arithmetic: ``"real"`` or ``"float32"``.
+        arithmetic: ``"real"`` or a compute type.
         exact: whether the margins were computed in rational arithmetic (then rounded down).
         seconds: wall time.
         reason: why not certified; empty otherwise.
@@ -213,7 +220,7 @@ def check_points(
     network: NetworkRecord,
     claims: PointClaims,
     *,
-    arithmetic: Literal["real", "float32"] = "real",
+    arithmetic: Literal["real"] | ComputeType = "real",
     activation_ulp: float | None = None,
     time_limit: float | None = None,
 ) -> PointCheck:
@@ -223,9 +230,10 @@ def check_points(
         certificate: not trusted.
         network: structure and weights exactly as stored; the object of the verdict.
         claims: what is to be proved, given independently.
-        arithmetic: ``"real"`` for exact arithmetic on the stored weights; ``"float32"`` for every
-            float32 evaluation that sums the products of each operator in any order, with or
-            without fused operations.
+        arithmetic: ``"real"`` for exact arithmetic on the stored weights; ``"float32"``,
+            ``"float64"``, ``"tf32"`` or ``"bfloat16"`` for every evaluation in that type that sums
+            the products of each operator in any order, with or without fused operations: see
+            :mod:`torch_prepared.certify.compute` for what is rounded and when.
         activation_ulp: see ``check_certificate``.
         time_limit: seconds; points not reached by then are not proved.
 
@@ -238,8 +246,9 @@ def check_points(
     """
     start = time.monotonic()
     deadline = math.inf if time_limit is None else start + time_limit
-    if arithmetic not in ("real", "float32"):
-        raise CertificateError(f"arithmetic: got {arithmetic!r}; expected 'real' or 'float32'")
+    if arithmetic not in ("real", *COMPUTE_TYPES):
+        known = ", ".join(COMPUTE_TYPES)
+        raise CertificateError(f"arithmetic: got {arithmetic!r}; expected real, {known}")
     match_network(network, certificate.structure, certificate.weights_digest)
     if certificate.claims.digest != claims.digest:
         raise CertificateError("certificate: proves other claims than the examples given")
@@ -250,7 +259,7 @@ def check_points(
             f"numbers; expected {checked.input_size} and {checked.output_size}"
         )
     margins, proved, exact = np.full(len(claims.inputs), np.nan), [], False
-    reason = _refusal(arithmetic, checked.stored_dtypes, claims.inputs)
+    reason = refusal(arithmetic, network, claims.inputs)
     for first in range(0, 0 if reason else len(claims.inputs), _CHUNK):
         chosen = np.arange(first, min(first + _CHUNK, len(claims.inputs)))
         if time.monotonic() > deadline:
@@ -272,17 +281,6 @@ def check_points(
     status = Verdict.UNKNOWN if failed or reason else Verdict.CERTIFIED
     seconds = time.monotonic() - start
     return PointCheck(status, margins, failed, arithmetic, exact, seconds, reason)
-
-
-def _refusal(arithmetic: str, dtypes: frozenset[str], inputs: FloatArray) -> str:
-    """Why no float32 computation is defined; empty when one is."""
-    if arithmetic != "float32":
-        return ""
-    if "float64" in dtypes:
-        return "weights are stored in float64, so no float32 computation is defined"
-    with np.errstate(over="ignore"):
-        same = inputs.astype(np.float32).astype(np.float64) == inputs
-    return "" if bool(same.all()) else "inputs are not float32 numbers"
 
 
 def _holds(low: FloatArray, found: list[Fraction] | None, strict: bool) -> BoolArray:
@@ -346,9 +344,9 @@ def _enclosed_margins(
     activation_ulp: float | None,
 ) -> FloatArray:
     """Lower bounds of the margins of every evaluation in the given arithmetic."""
-    checked = read_network(network)
-    mode = Arithmetic(float32=arithmetic == "float32", activation_ulp=activation_ulp)
-    x = claims.inputs[chosen]
+    stored, x = stored_as(arithmetic, network, claims.inputs[chosen])
+    checked = read_network(stored)
+    mode = arithmetic_of(arithmetic, activation_ulp)
     with np.errstate(all="ignore"):  # what is not finite proves nothing
         values = {checked.input_name: Enclosure(x, x)}
         for operator in checked.operators:

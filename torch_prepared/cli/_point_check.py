@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from torch_prepared.certify import PointCertificate, PointCheck, PointClaims, check_points
+from torch_prepared.certify.compute import ComputeType
 from torch_prepared.certify.encoding import read_json
 from torch_prepared.certify.points import POINTS_FORMAT
 from torch_prepared.cli._examples import load_examples
@@ -51,7 +52,10 @@ def is_point_certificate(path: Path) -> bool:
 
 
 def replay_points(
-    certificate: Path, model: Path, examples: Path, arithmetic: Literal["real", "float32"] = "real"
+    certificate: Path,
+    model: Path,
+    examples: Path,
+    arithmetic: Literal["real"] | ComputeType = "real",
 ) -> PointReplay:
     """Read all files anew and evaluate the network at every example.
 
@@ -84,7 +88,7 @@ def run_point_check(
     certificate: Path,
     model: Path,
     examples: tuple[Path, ...],
-    arithmetic: Literal["real", "float32"],
+    arithmetic: Literal["real"] | ComputeType,
 ) -> Outcome:
     """Replay, and say what came of it."""
     if len(examples) != 1:

@@ -36,6 +36,7 @@ class AuditConfig:
     radius: float = 0.0
     points: int = 8
     tolerance: float | None = None
+    exact: bool = False
     time_limit: float | None = None
     settings: Settings = field(default_factory=Settings)
 
@@ -57,8 +58,6 @@ def run_audit(config: AuditConfig) -> Outcome:
         reference = load_reference(config.data)
         inputs = torch.from_numpy(reference.inputs.astype("float64"))
         labels = None if reference.labels is None else torch.from_numpy(reference.labels)
-    if config.data is None and config.domain is None:
-        raise click.UsageError("--data or --domain: got neither; expected one of them")
     audit = audit_networks(
         load_network(config.before),
         load_network(config.after),
@@ -68,6 +67,7 @@ def run_audit(config: AuditConfig) -> Outcome:
         radius=config.radius,
         points=config.points,
         tolerance=config.tolerance,
+        exact=config.exact,
         time_limit=config.time_limit,
         seed=config.settings.seed,
         progress=config.settings.progress,
@@ -80,6 +80,10 @@ def run_audit(config: AuditConfig) -> Outcome:
         "data": audit.data,
         "suspects": [s for s in audit.suspects[:8] if s.difference > 0],
         "bounds": [{"point": i, "bound": b.bound, "proved": b.proved} for i, b in audit.bounds],
+        "largest": [
+            {"point": i, "lower": d.lower, "upper": d.upper, "complete": d.complete}
+            for i, d in audit.largest
+        ],
     }
     return Outcome(_CODES[audit.verdict.value], data, _describe(audit))
 
@@ -120,6 +124,11 @@ def _describe(audit: Audit) -> str:
     for i, bound in audit.bounds:
         word = "proved" if bound.proved else "not confirmed"
         lines.append(f"  ball around data point {i}: difference at most {bound.bound:.3g} ({word})")
+    for i, found in audit.largest:
+        lines.append(
+            f"  ball around data point {i}: largest difference from {found.lower:.6g} (reached) to "
+            f"{found.upper:.6g} (branch and bound's claim)"
+        )
     return "\n".join(lines)
 
 
@@ -146,6 +155,9 @@ def _domain(
 )
 @click.option("--points", type=click.IntRange(0, 100_000), default=8, help="Balls to bound.")
 @click.option("--tolerance", type=Number(0), help="Outputs may differ by that much.")
+@click.option(
+    "--exact", is_flag=True, help="Largest difference on each ball by branch and bound; tiny nets."
+)
 @click.option("--time-limit", type=Number(0, min_open=True), help="Seconds.")
 @common_options
 def command(
@@ -157,14 +169,17 @@ def command(
     radius: float,
     points: int,
     tolerance: float | None,
+    exact: bool,
     time_limit: float | None,
 ) -> None:
     """Compare the network AFTER (.onnx) with a reference BEFORE (.onnx).
+
+    Without --data and --domain only weights are compared: which layers moved, and how.
 
     Exit codes: 0 the same function, or within --tolerance on all balls examined; 10 an input
     with another decision (or beyond the tolerance) is shown; 20 neither.
     """
     config = AuditConfig(
-        before, after, data, domain, radius, points, tolerance, time_limit, settings
+        before, after, data, domain, radius, points, tolerance, exact, time_limit, settings
     )
     finish(run_audit(config), settings.json)

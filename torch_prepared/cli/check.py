@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckConfig", "Replay", "command", "replay_certificate", "run_check"]
 
-ArithmeticName = Literal["real", "float32"]
+ArithmeticName = Literal["real", "float32", "float64", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,12 @@ def replay_certificate(
     from torch_prepared.cli._inputs import load_network, load_properties
     from torch_prepared.edit.verify import compare_with_onnxruntime
 
+    arithmetic = config.arithmetic
+    if arithmetic != "real" and arithmetic != "float32":
+        raise click.UsageError(
+            f"--arithmetic: got {arithmetic} for a certificate about properties; expected real or "
+            "float32"
+        )
     network = load_network(config.model)
     properties = load_properties(config.properties, network)
     certificate = Certificate.load(config.certificate)
@@ -89,7 +95,7 @@ def replay_certificate(
             certificate,
             record,
             claims,
-            arithmetic=config.arithmetic,
+            arithmetic=arithmetic,
             activation_ulp=config.activation_ulp,
             workers=config.settings.threads or 1,
         )
@@ -152,10 +158,11 @@ def run_check(config: CheckConfig) -> Outcome:
 @click.argument("properties", type=FILE, nargs=-1)
 @click.option(
     "--arithmetic",
-    type=click.Choice(["real", "float32"]),
+    type=click.Choice(["real", "float32", "float64", "tf32", "bfloat16"]),
     default="real",
     show_default=True,
-    help="Judge exact arithmetic on the stored weights, or any float32 evaluation of them.",
+    help="Judge exact arithmetic on the stored weights, or any evaluation of them in float32; "
+    "the other types are for examples of pointwise.",
 )
 @click.option(
     "--activation-ulp",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from torch_prepared.certify import PointCertificate
+    from torch_prepared.certify.compute import ComputeType
     from torch_prepared.core.graph import Graph
     from torch_prepared.core.onnx import OnnxNetwork
     from torch_prepared.edit.pointwise import PointEditResult
@@ -44,6 +45,8 @@ class PointwiseConfig:
     norm: str | None = None
     solver: str = "highs"
     verify: str = "exact"
+    compute: ComputeType = "float32"
+    free: int | None = None
     margin: float | None = None
     budget: float | None = None
     radius: float | None = None
@@ -113,8 +116,10 @@ def _edit(config: PointwiseConfig, staged: StagedFiles) -> Outcome:
         labels=labels,
         margin=config.margin,
         budget=config.budget,
+        free=config.free,
         solver=config.solver,
         verify=config.verify,
+        compute=config.compute,
         time_limit=config.time_limit,
         threads=config.settings.threads,
         seed=config.settings.seed,
@@ -194,8 +199,8 @@ def _replay(config: PointwiseConfig, staged: StagedFiles) -> str:
     from torch_prepared.cli.check import CheckConfig, replay_certificate
 
     if config.verify != "none":
-        mode = "float32" if config.verify == "float" else "real"
-        replay = replay_points(staged.paths[1], staged.paths[0], config.examples, mode)  # type: ignore[arg-type]
+        mode: Literal["real"] | ComputeType = config.compute if config.verify == "float" else "real"
+        replay = replay_points(staged.paths[1], staged.paths[0], config.examples, mode)
         if not replay.certified:
             return f"the files as written are not certified: {replay.reason}"
     if config.radius is not None:
@@ -238,6 +243,7 @@ def _outcome(
         "phases": result.seconds,
         "examples": len(margins),
         "margin": float(margins.min()) if len(margins) else float("nan"),
+        "compute": result.compute,
         "margin_float": float(result.margins_float.min()) if len(margins) else float("nan"),
         "size": result.size,
         "bound": result.bound,
@@ -264,7 +270,7 @@ def _describe(config: PointwiseConfig, result: Result) -> list[str]:
     least, loose = result.margins.min(), result.margins_float.min()
     lines = [
         f"  examples     {len(result.margins)}, margin at least {least:.6g} exactly, {loose:.6g} "
-        "in float32",
+        f"in {result.compute}",
         f"  weights      {delta.changed:,} changed; l1 {delta.l1:.4g}, l2 {delta.l2:.4g}, "
         f"linf {delta.linf:.4g}, relative {100 * delta.relative_l2:.3g} %",
     ]
@@ -293,7 +299,16 @@ def _describe(config: PointwiseConfig, result: Result) -> list[str]:
     help="Price of a kept input's shortfall; without it none is allowed.",
 )
 @click.option("--preserve", type=FILE, help="Inputs whose outputs should stay (.npz, .npy).")
-@click.option("--layer", help="The layer that may change; the last one by default.")
+@click.option(
+    "--layer",
+    help="The layer that may change, the last one by default; 'biases' for those of all layers.",
+)
+@click.option(
+    "--free",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Change only the K weights of the layer that move the examples' margins most.",
+)
 @click.option("--norm", type=click.Choice(["behavior", "2", "inf", "1", "0"]))
 @click.option("--solver", type=click.Choice(["highs", "z3"]), default="highs", show_default=True)
 @click.option(
@@ -301,7 +316,14 @@ def _describe(config: PointwiseConfig, result: Result) -> list[str]:
     type=click.Choice(["exact", "float", "none"]),
     default="exact",
     show_default=True,
-    help="What must be proved: exact arithmetic, or any float32 evaluation.",
+    help="What must be proved: exact arithmetic, or any evaluation in the type of --compute.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["float32", "float64", "tf32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type in which the network will run.",
 )
 @click.option("--margin", type=Number(0), help="Margin to aim at, in output units.")
 @click.option("--budget", type=Number(0, min_open=True), help="Largest change of one weight.")
@@ -324,9 +346,11 @@ def command(
     keep_weight: float | None,
     preserve: Path | None,
     layer: str | None,
+    free: int | None,
     norm: str | None,
     solver: str,
     verify: str,
+    compute: ComputeType,
     margin: float | None,
     budget: float | None,
     radius: float | None,
@@ -343,7 +367,7 @@ def command(
     """
     config = PointwiseConfig(
         model, examples, output, certificate, keep, keep_weight, preserve, layer, norm, solver,
-        verify, margin, budget, radius, lift, ball_certificate, ball_properties, time_limit,
-        settings,
+        verify, compute, free, margin, budget, radius, lift, ball_certificate, ball_properties,
+        time_limit, settings,
     )  # fmt: skip
     finish(run_pointwise(config), settings.json)

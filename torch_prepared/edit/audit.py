@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,10 +24,11 @@ from torch_prepared.edit._audit_difference import (
     bound_difference,
     difference_graph,
 )
+from torch_prepared.edit._audit_exact import LargestDifference, largest_difference
+from torch_prepared.edit._audit_search import DataComparison, Search, Suspect
 from torch_prepared.edit._audit_weights import LayerChange, layer_changes
 from torch_prepared.edit._source import Network, read_network
 from torch_prepared.errors import SpecError
-from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Box
 
 __all__ = [
@@ -36,16 +36,15 @@ __all__ = [
     "AuditVerdict",
     "DataComparison",
     "DifferenceBound",
+    "LargestDifference",
     "LayerChange",
     "Suspect",
     "audit_networks",
     "bound_difference",
     "difference_graph",
+    "largest_difference",
 ]
 
-_CHUNK = 2048
-_STEPS = 40
-_RESTARTS = 256
 _SAMPLES = 1000
 
 
@@ -59,56 +58,11 @@ class AuditVerdict(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """An input on which the two networks differ.
-
-    Args:
-        x: (n,).
-        origin: position of the data point it is or was found from; -1 for a random start.
-        distance: largest coordinate's distance from that point; 0 for the point itself.
-        before: (m,) outputs.
-        after: (m,) outputs.
-        difference: largest absolute difference of an output.
-        flips: whether the largest output is another one.
-    """
-
-    x: np.ndarray
-    origin: int
-    distance: float
-    before: np.ndarray
-    after: np.ndarray
-    difference: float
-    flips: bool
-
-
-@dataclass(frozen=True)
-class DataComparison:
-    """Both networks on the data.
-
-    Args:
-        samples: number of inputs.
-        agreement: share of equal decisions.
-        disagreeing: positions of inputs with other decisions, at most 1000.
-        accuracy_before: share of right labels; None without labels.
-        accuracy_after: likewise.
-        mean_difference: mean over inputs of the largest output difference.
-        largest_difference: its maximum.
-    """
-
-    samples: int
-    agreement: float
-    disagreeing: tuple[int, ...]
-    accuracy_before: float | None
-    accuracy_after: float | None
-    mean_difference: float
-    largest_difference: float
-
-
-@dataclass(frozen=True)
 class Audit:
     """Everything that was found; see :func:`audit_networks`.
 
-    ``bounds`` pairs positions of data points with what is proved on the ball around each.
+    ``bounds`` pairs positions of data points with what is proved on the ball around each,
+    ``largest`` with the largest difference there as branch and bound claims it.
     """
 
     verdict: AuditVerdict
@@ -118,6 +72,7 @@ class Audit:
     bounds: tuple[tuple[int, DifferenceBound], ...]
     seconds: float
     message: str
+    largest: tuple[tuple[int, LargestDifference], ...] = ()
 
 
 def audit_networks(
@@ -130,6 +85,7 @@ def audit_networks(
     radius: float = 0.0,
     points: int = 8,
     tolerance: float | None = None,
+    exact: bool = False,
     time_limit: float | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -139,13 +95,16 @@ def audit_networks(
     Args:
         before: the reference.
         after: the network under suspicion; of the same input and output shapes.
-        inputs: data (q, ...); samples of ``domain`` stand in for them.
+        inputs: data (q, ...); samples of ``domain`` stand in for them. With neither only weights
+            are compared: no region of valid inputs can be read off a network.
         labels: right classes (q,).
         domain: limits of every coordinate of valid inputs; searched inputs stay within. Without it
             the data's own range counts.
         radius: of balls (maximum norm) around data points that are searched and bounded.
         points: number of data points, those that differ most, whose balls are bounded.
         tolerance: outputs may differ by that much; None asks for equal decisions only.
+        exact: search each of these balls for the largest difference by branch and bound, which
+            ends for tiny ReLU networks only; set a time limit.
         time_limit: wall seconds.
         seed: of everything random.
         progress: show a bar on stderr.
@@ -155,7 +114,7 @@ def audit_networks(
         with a tolerance, and speaks of the examined balls alone.
 
     Raises:
-        SpecError: shapes that do not fit, or neither data nor domain.
+        SpecError: shapes that do not fit, or a radius with neither data nor domain.
         ModelFormatError: an unusable network.
 
     Soundness: differences on inputs are evaluated in float64 on the stored weights; bounds are the
@@ -169,11 +128,19 @@ def audit_networks(
     _check_options(radius, points, tolerance, domain)
     layers = layer_changes(old, new)
     same = difference.nodes[-1].inputs[0] == difference.nodes[-1].inputs[1]
+    if domain is None and (inputs is None or not len(inputs)):
+        if radius > 0:
+            raise SpecError(
+                f"audit: got radius {radius}, but neither data nor a domain; expected one of them "
+                "to put balls in"
+            )
+        return _weights_only(same, layers, old, start)
     data, limits = _data(old, inputs, domain, seed)
-    search = _Search(old.to(torch.float64, "cpu"), new.to(torch.float64, "cpu"), limits, deadline)
+    search = Search(old.to(torch.float64, "cpu"), new.to(torch.float64, "cpu"), limits, deadline)
     compared, order = search.compare(data, labels)
     suspects: tuple[Suspect, ...] = ()
     bounds: list[tuple[int, DifferenceBound]] = []
+    largest: list[tuple[int, LargestDifference]] = []
     if not same:
         suspects = search.attack(data, order, radius, seed)
         chosen = order[:points].tolist() if radius > 0 else []
@@ -182,11 +149,37 @@ def audit_networks(
                 break
             ball = _ball(data[i], radius, limits)
             bounds.append((i, bound_difference(old, new, ball)))
+            if exact:
+                share = None if time_limit is None else deadline.left / (len(chosen) - len(largest))
+                largest.append((i, largest_difference(old, new, ball, time_limit=share)))
+                x = largest[-1][1].x
+                far = float((x - data[i]).abs().max())
+                suspects = (search.suspect(x, i, far), *suspects)
+    suspects = tuple(sorted(suspects, key=lambda s: (not s.flips, -s.difference)))
     verdict, message = _verdict(same, suspects, bounds, len(order[:points]), tolerance, radius)
     return Audit(
         verdict, layers, compared if inputs is not None else None, suspects, tuple(bounds),
-        time.monotonic() - start, message,
+        time.monotonic() - start, message, tuple(largest),
     )  # fmt: skip
+
+
+def _weights_only(
+    same: bool, layers: tuple[LayerChange, ...], before: Graph, start: float
+) -> Audit:
+    """What can be said without any input."""
+    verdict, message = AuditVerdict.UNKNOWN, "the structures differ"
+    if same:
+        verdict, message = _verdict(same, (), (), 0, None, 0.0)
+    elif layers:
+        largest = layers[0]
+        message = (
+            f"{len(layers)} of {len(before.parameters)} parameters differ, most of all "
+            f"{largest.name} (relative {100 * largest.relative:.3g} %)"
+        )
+    message += "; no data and no domain were given, so only weights were compared"
+    if not same:
+        message += ": what the change does is not known"
+    return Audit(verdict, layers, None, (), (), time.monotonic() - start, message)
 
 
 def _check_options(
@@ -226,111 +219,6 @@ def _data(
 
 def _ball(x: Tensor, radius: float, limits: tuple[Tensor, Tensor]) -> Box:
     return Box(torch.maximum(x - radius, limits[0]), torch.minimum(x + radius, limits[1]))
-
-
-@dataclass(frozen=True)
-class _Search:
-    """Both networks in float64, and where inputs may lie."""
-
-    before: Graph
-    after: Graph
-    limits: tuple[Tensor, Tensor]
-    deadline: Deadline
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Flattened outputs of both."""
-        parts = [
-            [evaluate_graph(g, p).flatten(1) for p in x.split(_CHUNK)]
-            for g in (self.before, self.after)
-        ]
-        return torch.cat(parts[0]), torch.cat(parts[1])
-
-    def compare(self, x: Tensor, labels: Tensor | None) -> tuple[DataComparison, Tensor]:
-        """Decisions and differences on the data; positions by how suspicious they are."""
-        with torch.no_grad():
-            a, b = self.outputs(x)
-        if labels is not None and len(labels) != len(x):
-            raise SpecError(
-                f"audit: got {len(labels)} labels for {len(x)} inputs; expected one each"
-            )
-        gap = (b - a).abs().amax(dim=1)
-        flips = (
-            (a.argmax(1) != b.argmax(1))
-            if a.shape[1] > 1
-            else torch.zeros_like(gap, dtype=torch.bool)
-        )
-        right = None if labels is None else labels.cpu().reshape(-1)
-        compared = DataComparison(
-            len(x),
-            float((~flips).double().mean()),
-            tuple(flips.nonzero().flatten()[:1000].tolist()),
-            None if right is None else float((a.argmax(1) == right).double().mean()),
-            None if right is None else float((b.argmax(1) == right).double().mean()),
-            float(gap.mean()),
-            float(gap.max()),
-        )
-        score = gap + flips * (float(gap.max()) + 1.0)
-        return compared, score.argsort(descending=True)
-
-    def attack(self, data: Tensor, order: Tensor, radius: float, seed: int) -> tuple[Suspect, ...]:
-        """The most different data points, then inputs near them and near random ones."""
-        with torch.no_grad():
-            a, b = self.outputs(data[order[:32]])
-        found = [
-            _suspect(data[i], int(i), 0.0, a[k], b[k]) for k, i in enumerate(order[:32].tolist())
-        ]
-        if radius > 0:
-            generator = torch.Generator().manual_seed(seed)
-            random = torch.randperm(len(data), generator=generator)
-            starts = torch.cat([order[: _RESTARTS // 2], random[: _RESTARTS // 2]])
-            found += self._climb(data, starts, radius)
-        found.sort(key=lambda s: (not s.flips, -s.difference))
-        return tuple(found[:32])
-
-    def _climb(self, data: Tensor, starts: Tensor, radius: float) -> list[Suspect]:
-        """Sign-gradient ascent of the difference (and toward another decision) within balls."""
-        center = data[starts]
-        low = torch.maximum(center - radius, self.limits[0])
-        high = torch.minimum(center + radius, self.limits[1])
-        x, best = center.clone(), torch.full((len(center),), -torch.inf, dtype=torch.float64)
-        kept = center.clone()
-        for step in range(_STEPS):
-            if self.deadline.over:
-                break
-            at = x.clone().requires_grad_()
-            a, b = self.outputs(at)
-            value = _objective(a, b)
-            (slope,) = torch.autograd.grad(value.sum(), at)
-            better = value.detach() > best
-            best = torch.where(better, value.detach(), best)
-            kept[better] = x[better]
-            length = radius * max(0.05, 0.5 * (1 - step / _STEPS))
-            x = torch.minimum(torch.maximum(x + length * slope.sign(), low), high)
-        with torch.no_grad():
-            a, b = self.outputs(kept)
-        far = (kept - center).abs().amax(dim=1)
-        return [
-            _suspect(kept[k], int(starts[k]), float(far[k]), a[k], b[k]) for k in range(len(kept))
-        ]
-
-
-def _objective(a: Tensor, b: Tensor) -> Tensor:
-    """How far ``b`` prefers another class than ``a`` does, plus a little of any difference."""
-    gap = (b - a).abs().amax(dim=1)
-    if a.shape[1] < 2:
-        return gap
-    first = a.argmax(dim=1, keepdim=True)
-    rival = b.scatter(1, first, -torch.inf).amax(dim=1)
-    decided = a.gather(1, first)[:, 0] - a.scatter(1, first, -torch.inf).amax(dim=1)
-    return torch.minimum(rival - b.gather(1, first)[:, 0], decided) + 0.1 * gap
-
-
-def _suspect(x: Tensor, origin: int, distance: float, a: Tensor, b: Tensor) -> Suspect:
-    flips = len(a) > 1 and int(a.argmax()) != int(b.argmax())
-    return Suspect(
-        x.numpy().copy(), origin, distance, a.numpy().copy(), b.numpy().copy(),
-        float((b - a).abs().max()), flips,
-    )  # fmt: skip
 
 
 def _verdict(

@@ -11,6 +11,7 @@ Performance on Finite Sets of Examples" (FoMLAS 2020), for the idea of solving f
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from torch_prepared.solvers._problem import Norm
 from torch_prepared.solvers._result import Status
 
 __all__ = ["ReluProgram", "SmtAnswer", "load_z3", "solve_smt"]
+
+_LOOK_EVERY = 0.05  #: seconds between looks at the clock and for Ctrl-C
+_GRACE = 1.0  #: seconds past the time limit after which Z3 is told again
+_ENDS = 3.0  #: seconds in which Z3 ends when it is told to; else its thread is left behind
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +142,7 @@ def solve_smt(
     Raises:
         MissingDependencyError: z3 is not installed.
         SolverError: another norm.
+        KeyboardInterrupt: within seconds of Ctrl-C, wherever Z3 is.
     """
     z3 = load_z3()
     if norm not in (None, Norm.L1, Norm.LINF):
@@ -161,13 +167,15 @@ class _Search:
     ) -> None:
         self._z3, self._program, self._norm = z3, program, norm
         self._start, self._limit = start, limit
-        self._solver = z3.SolverFor("QF_LRA")
+        self._context = z3.Context()  # of its own, as a thread left behind may still use it
+        self._solver = z3.SolverFor("QF_LRA", ctx=self._context)
+        self._solver.set("ctrl_c", False)  # Z3 would take Ctrl-C for its own and say "unknown"
         self._used = _used_unknowns(program)
-        self._names = [z3.Real(f"d{i}") for i in range(program.unknowns)]
+        self._names = [z3.Real(f"d{i}", self._context) for i in range(program.unknowns)]
         self._values = list(self._names)
         for k in range(program.cells):
             z = self._sum(program.pre, k) + self._number(program.const[k])
-            cell = z3.Real(f"a{k}")
+            cell = z3.Real(f"a{k}", self._context)
             self._solver.add(cell == z3.If(z >= 0, z, 0))
             self._values.append(cell)
         for i in self._used:
@@ -175,7 +183,9 @@ class _Search:
                 self._solver.add(self._names[i] >= self._number(program.lower[i]))
             if np.isfinite(program.upper[i]):
                 self._solver.add(self._names[i] <= self._number(program.upper[i]))
-        self._groups = {int(g): z3.Bool(f"g{int(g)}") for g in np.unique(program.owner)}
+        self._groups = {
+            int(g): z3.Bool(f"g{int(g)}", self._context) for g in np.unique(program.owner)
+        }
         matrix = sp.csr_matrix(program.rows.matrix)
         for r in range(program.rows.count):
             left, right = self._sum(matrix, r), self._number(program.rows.rhs[r])
@@ -184,7 +194,7 @@ class _Search:
 
     def _number(self, value: float) -> Any:
         exact = Fraction(float(value))
-        return self._z3.RealVal(str(exact))
+        return self._z3.RealVal(str(exact), self._context)
 
     def _sum(self, matrix: sp.csr_matrix, row: int) -> Any:
         first, last = matrix.indptr[row], matrix.indptr[row + 1]
@@ -198,7 +208,7 @@ class _Search:
 
     def _bound(self, size: Fraction) -> list[Any]:
         """Constraints ``norm(d) <= size``."""
-        limit = self._z3.RealVal(str(size))
+        limit = self._z3.RealVal(str(size), self._context)
         names = [self._names[i] for i in self._used]
         if self._norm is Norm.LINF:
             return [c for d in names for c in (d <= limit, -d <= limit)]
@@ -214,20 +224,48 @@ class _Search:
                 return Status.TIME_LIMIT, None
             self._solver.set("timeout", max(1, int(1000 * left)))
         self._solver.push()
+        if size is not None:
+            self._solver.add(*self._bound(size))
+        answer = self._decide(None if left is None else left + _GRACE)
+        found: tuple[Status, tuple[Fraction, ...] | None] = Status.UNKNOWN, None
+        if answer == self._z3.sat:
+            found = Status.FEASIBLE, self._model()
+        elif answer == self._z3.unsat:
+            self._core = {str(c) for c in self._solver.unsat_core()}
+            found = Status.INFEASIBLE, None
+        elif "timeout" in self._solver.reason_unknown() or left is not None:
+            found = Status.TIME_LIMIT, None
+        self._solver.pop()
+        return found
+
+    def _decide(self, seconds: float | None) -> Any:
+        """Z3's answer, from a thread of its own, so that this one hears Ctrl-C and passes it on."""
+        answers: list[Any] = []
+        failures: list[Exception] = []
+        done = threading.Event()  # an interrupted Thread.join takes the thread for ended
+
+        def work() -> None:
+            try:
+                answers.append(self._solver.check(*self._groups.values()))
+            except self._z3.Z3Exception as error:
+                failures.append(error)
+            finally:
+                done.set()
+
+        clock = time.monotonic()
+        threading.Thread(target=work, name="z3", daemon=True).start()
         try:
-            if size is not None:
-                self._solver.add(*self._bound(size))
-            answer = self._solver.check(*self._groups.values())
-            if answer == self._z3.sat:
-                return Status.FEASIBLE, self._model()
-            if answer == self._z3.unsat:
-                self._core = {str(c) for c in self._solver.unsat_core()}
-                return Status.INFEASIBLE, None
-            if "timeout" in self._solver.reason_unknown() or left is not None:
-                return Status.TIME_LIMIT, None
-            return Status.UNKNOWN, None
-        finally:
-            self._solver.pop()
+            while not done.wait(_LOOK_EVERY):
+                if seconds is not None and time.monotonic() - clock > seconds:
+                    self._context.interrupt()
+        except BaseException:
+            clock = time.monotonic()
+            while not done.wait(_LOOK_EVERY) and time.monotonic() - clock < _ENDS:
+                self._context.interrupt()
+            raise
+        if failures:
+            raise SolverError(f"z3: gave no answer ({failures[0]})") from failures[0]
+        return answers[0]
 
     def core(self) -> tuple[int, ...]:
         """Groups in the last unsatisfiable core."""

@@ -1,9 +1,9 @@
-"""A network cut before the layer that may change: fixed values before it, expressions after it."""
+"""A network cut before what may change: fixed values before it, expressions after it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,11 @@ from torch_prepared.core.rows import Floats
 from torch_prepared.errors import SpecError, UnsupportedOperationError
 from torch_prepared.relax import lookup
 
-__all__ = ["FreeLayer", "Prefix"]
+__all__ = ["BIASES", "FreeLayer", "Layers", "Prefix"]
+
+BIASES = "biases"  #: stands for the biases of all layers
+Layers = str | tuple[str, ...] | None
+"""A layer's name (None: the last one), or layers whose biases move together."""
 
 _CHUNK = 2048
 Integers = NDArray[np.int64]
@@ -28,25 +32,30 @@ Prefix = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class FreeLayer:
-    """One layer whose weight (and bias) change by ``d`` (p,), in the order of the stored tensors.
+    """One layer whose weight (and bias) change by ``d`` (p,), or several whose biases alone do.
+
+    Everything is affine in d up to the next nonlinear node: biases only add. The order of d is that
+    of the stored tensors :attr:`names`.
 
     Args:
         graph: the network in float64 on the CPU.
-        node: the layer.
+        node: the layer; the first one of several.
         free: (p,) bool, which entries may change.
+        shifted: the layers whose biases change; empty where a weight does.
     """
 
     graph: Graph
     node: Node
     free: NDArray[np.bool_]
+    shifted: tuple[Node, ...] = ()
 
     @classmethod
-    def of(cls, graph: Graph, layer: str | None, free: Tensor | None) -> FreeLayer:
-        """The layer called ``layer`` (the last editable one when None).
+    def of(cls, graph: Graph, layer: Layers, free: Tensor | None) -> FreeLayer:
+        """The layer called ``layer`` (the last editable one when None), or the biases of several.
 
         Args:
             graph: the network as stored.
-            layer: name.
+            layer: name, names of layers whose biases move, or :data:`BIASES` for all of them.
             free: bool, of the shape of the layer's stored weight; its bias is then fixed. None
                 frees all.
 
@@ -55,6 +64,8 @@ class FreeLayer:
         """
         exact = graph.to(torch.float64, "cpu")
         known = editable_layers(exact)
+        if isinstance(layer, tuple) or (layer == BIASES and BIASES not in known):
+            return cls._of_biases(exact, layer, free)
         if not known or (layer is not None and layer not in known):
             raise SpecError(
                 f"layer: got {layer!r}; expected an editable layer: {', '.join(known) or 'none'}"
@@ -74,14 +85,39 @@ class FreeLayer:
             mask[: sizes[0]] = free.detach().cpu().reshape(-1).numpy()
         return cls(exact, node, mask)
 
+    @classmethod
+    def _of_biases(
+        cls, exact: Graph, layers: str | tuple[str, ...], free: Tensor | None
+    ) -> FreeLayer:
+        own = {n.name: n for n in exact.nodes if _own_bias(exact, n) is not None}
+        chosen = tuple(own) if isinstance(layers, str) else layers
+        strange = [name for name in chosen if name not in own]
+        if strange or not chosen:
+            got = repr(strange[0]) if strange else "none"
+            raise SpecError(
+                f"layer: got {got}; expected layers with a bias of their own: "
+                f"{', '.join(own) or 'none here'}"
+            )
+        if free is not None:
+            raise SpecError("free: got a choice of weights, but biases move; expected none")
+        nodes = tuple(n for n in own.values() if n.name in chosen)
+        plain = cls(exact, nodes[0], np.zeros(0, dtype=bool), nodes)
+        count = sum(exact.parameters[name].numel() for name in plain.names)
+        return replace(plain, free=np.ones(count, dtype=bool))
+
+    @cached_property
+    def title(self) -> str:
+        """For messages."""
+        names = ", ".join(n.name for n in self.shifted)
+        return f"biases of {names}" if names else self.node.name
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Stored parameters that change: the weight, then the bias if it is this layer's own."""
-        weight, bias = self.node.params["weight"].name, self.node.params.get("bias")
-        own = bias is not None and bias.name in self.graph.editable
-        if bias is None or not own or len(self.graph.readers(bias.name)) != 1:
-            return (weight,)
-        return weight, bias.name
+        if self.shifted:
+            return tuple(n.params["bias"].name for n in self.shifted)
+        weight, bias = self.node.params["weight"].name, _own_bias(self.graph, self.node)
+        return (weight,) if bias is None else (weight, bias)
 
     @property
     def count(self) -> int:
@@ -90,10 +126,11 @@ class FreeLayer:
 
     @cached_property
     def after(self) -> tuple[Node, ...]:
-        """The layer and all nodes that depend on it, in order."""
-        found: dict[str, Node] = {self.node.name: self.node}
+        """What may change and all nodes that depend on it, in order."""
+        found: dict[str, Node] = {}
+        first = {n.name for n in self.shifted} or {self.node.name}
         for other in self.graph.nodes:
-            if any(name in found for name in other.inputs):
+            if other.name in first or any(name in found for name in other.inputs):
                 found[other.name] = other
         return tuple(found.values())
 
@@ -104,8 +141,8 @@ class FreeLayer:
 
     @cached_property
     def is_dense(self) -> bool:
-        """Whether the layer maps one vector to another."""
-        return self.node.op == "linear" and len(self.node.shape) == 1
+        """Whether this is one layer that maps one vector to another."""
+        return not self.shifted and self.node.op == "linear" and len(self.node.shape) == 1
 
     def prefix(self, inputs: Floats | Tensor) -> dict[str, Tensor]:
         """Values that the nodes after the cut read, for inputs (b, n)."""
@@ -166,8 +203,16 @@ class FreeLayer:
         shaped = index.reshape(self.graph.parameters[bias.name].shape)
         return first, bias.read({bias.name: shaped}).numpy()
 
-    def matrix(self, prefix: Prefix, i: int) -> sp.csr_matrix:
-        """How the layer's flattened value at example i moves with d: (size, p), fixed ones zero."""
+    def matrix(self, prefix: Prefix, i: int, node: Node) -> sp.csr_matrix | None:
+        """How the flattened value of ``node`` at example i moves with d itself: (size, p).
+
+        What comes through the inputs of ``node`` is not in it. None for a node without unknowns of
+        its own; entries that are not free are zero.
+        """
+        if self.shifted:
+            return self._bias_matrices.get(node.name)
+        if node is not self.node:
+            return None
         h = prefix[self.node.inputs[0]][i : i + 1]
         if not self.is_dense:
             return self._by_differentiation(h)
@@ -185,6 +230,23 @@ class FreeLayer:
         entries = (value[kept], (row[kept], column[kept]))
         return sp.csr_matrix(entries, shape=(size, self.count))
 
+    @cached_property
+    def _bias_matrices(self) -> dict[str, sp.csr_matrix]:
+        """By shifted layer: ones where an entry of its value has an entry of its bias added."""
+        found, start = {}, 0
+        for node in self.shifted:
+            bias = node.params["bias"]
+            stored = self.graph.parameters[bias.name]
+            index = start + torch.arange(stored.numel()).reshape(stored.shape)
+            entries = bias.read({bias.name: index}).reshape(-1).numpy()
+            times = node.size // len(entries)  # channels come first, features last
+            column = np.repeat(entries, times) if node.op == "conv" else np.tile(entries, times)
+            row = np.arange(node.size)
+            shape = (node.size, self.count)
+            found[node.name] = sp.csr_matrix((np.ones(node.size), (row, column)), shape=shape)
+            start += stored.numel()
+        return found
+
     def _by_differentiation(self, h: Tensor) -> sp.csr_matrix:
         """The same for convolutions and layers along sequences, which are linear in d as well."""
         if self.node.size * self.count > 50_000_000:
@@ -201,3 +263,11 @@ class FreeLayer:
         parts = torch.autograd.functional.jacobian(value, start)
         whole = torch.cat([part.reshape(self.node.size, -1) for part in parts], dim=1).numpy()
         return sp.csr_matrix(whole * self.free)
+
+
+def _own_bias(graph: Graph, node: Node) -> str | None:
+    """Name of the stored bias that this layer alone reads and that may change."""
+    bias = node.params.get("bias") if node.op in ("linear", "conv") else None
+    if bias is None or bias.name not in graph.editable or len(graph.readers(bias.name)) != 1:
+        return None
+    return bias.name

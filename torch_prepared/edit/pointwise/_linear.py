@@ -19,7 +19,7 @@ from torch_prepared.solvers import LinearProgram, Solution, Status, minimize_nor
 from torch_prepared.solvers import Norm as LinearNorm
 from torch_prepared.solvers.smt import ReluProgram
 
-__all__ = ["LinearAnswer", "PointNorm", "solve_linear"]
+__all__ = ["LinearAnswer", "PointNorm", "maximize_row", "solve_linear"]
 
 CLAIMED_VIOLATION = 1e-5
 Integers = NDArray[np.int64]
@@ -124,6 +124,90 @@ def _used(program: ReluProgram) -> Integers:
     return found[program.upper[found] > program.lower[found]]
 
 
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """Unknowns d (those used), cells a and their binaries s, and rows over them."""
+
+    unknowns: Unknowns
+    builder: RowBuilder
+    column: Integers
+
+    @classmethod
+    def of(cls, program: ReluProgram, used: Integers) -> _Columns:
+        p, k = program.unknowns, program.cells
+        if not (np.isfinite(program.low).all() and np.isfinite(program.high).all()):
+            raise SolverError("mixed-integer program: cells without finite bounds; give a budget")
+        unknowns = Unknowns()
+        d = unknowns.add("d", (len(used),), program.lower[used], program.upper[used])
+        a = unknowns.add("a", (k,), 0.0, np.maximum(program.high, 0.0))
+        unknowns.add("s", (k,), 0.0, 1.0)
+        column = np.full(p + k, -1, dtype=np.int64)
+        column[used], column[p:] = d.columns, a.columns
+        return cls(unknowns, RowBuilder(), column)
+
+    def place(self, opened: Integers, matrix: sp.csr_matrix, sign: float) -> None:
+        """Add ``sign * matrix`` over (d, a) to opened rows."""
+        coo = matrix.tocoo()
+        kept = self.column[coo.col] >= 0
+        entries = sign * coo.data[kept]
+        self.builder.add(opened[coo.row[kept]], self.column[coo.col[kept]], entries)
+
+    def add_cells(self, program: ReluProgram) -> None:
+        """Rows that tie every cell to its argument."""
+        if not program.cells:
+            return
+        builder, a, s = self.builder, self.unknowns["a"], self.unknowns["s"]
+        below = builder.ge(program.const)  # a - z >= 0
+        builder.add(below, a.columns, 1.0)
+        self.place(below, program.pre, -1.0)
+        above = builder.ge(program.low - program.const)  # z - a - low (1 - s) >= 0
+        self.place(above, program.pre, 1.0)
+        builder.add(above, a.columns, -1.0)
+        builder.add(above, s.columns, program.low)
+        on = builder.ge(np.zeros(program.cells))  # high s - a >= 0
+        builder.add(on, s.columns, program.high)
+        builder.add(on, a.columns, -1.0)
+
+
+def maximize_row(
+    program: ReluProgram, row: int, *, time_limit: float | None, threads: int | None
+) -> tuple[float, Floats | None]:
+    """The largest value of one of a program's rows, the others left out.
+
+    Args:
+        program: with finite bounds.
+        row: which one of ``program.rows``.
+        time_limit: seconds.
+        threads: CPU threads.
+
+    Returns:
+        The solver's upper bound of ``rows[row] @ (d, a) - rhs[row]``, infinite where it has none,
+        and the unknowns (p,) of the best point it found, or None.
+
+    Soundness: the bound is HiGHS's claim, within its tolerances; the point's value is not used.
+    """
+    used = np.arange(program.unknowns)
+    columns = _Columns.of(program, used)
+    columns.add_cells(program)
+    matrix = sp.csr_matrix(program.rows.matrix)[[row]].tocoo()
+    cost = np.zeros(columns.unknowns.count)
+    np.subtract.at(cost, columns.column[matrix.col], matrix.data)
+    integer = np.zeros(columns.unknowns.count, dtype=bool)
+    integer[columns.unknowns["s"].columns] = True
+    problem = LinearProgram(
+        cost,
+        columns.builder.build(columns.unknowns.count),
+        columns.unknowns.lower,
+        columns.unknowns.upper,
+        integer if program.cells else None,
+    )
+    solution = solve(problem, time_limit=time_limit, threads=threads)
+    bound = -solution.dual_bound if np.isfinite(solution.dual_bound) else np.inf
+    sure = solution.status in (Status.OPTIMAL, Status.FEASIBLE, Status.TIME_LIMIT)
+    d = None if solution.x is None else solution.x[: program.unknowns]
+    return float(bound - program.rows.rhs[row]) if sure else np.inf, d
+
+
 def _assemble(
     program: ReluProgram,
     used: Integers,
@@ -131,43 +215,19 @@ def _assemble(
     soft: NDArray[np.bool_] | None,
     weight: float,
 ) -> LinearProgram:
-    p, k = program.unknowns, program.cells
-    if not (np.isfinite(program.low).all() and np.isfinite(program.high).all()):
-        raise SolverError("mixed-integer program: cells without finite bounds; give a budget")
-    unknowns, builder = Unknowns(), RowBuilder()
-    d = unknowns.add("d", (len(used),), program.lower[used], program.upper[used])
-    a = unknowns.add("a", (k,), 0.0, np.maximum(program.high, 0.0))
-    s = unknowns.add("s", (k,), 0.0, 1.0)
-    column = np.full(p + k, -1, dtype=np.int64)
-    column[used], column[p:] = d.columns, a.columns
-
-    def place(opened: Integers, matrix: sp.csr_matrix, sign: float) -> None:
-        coo = matrix.tocoo()
-        kept = column[coo.col] >= 0
-        builder.add(opened[coo.row[kept]], column[coo.col[kept]], sign * coo.data[kept])
-
-    hard = program.rows
-    opened = builder.ge(hard.rhs)
-    place(opened, sp.csr_matrix(hard.matrix), 1.0)
+    columns = _Columns.of(program, used)
+    unknowns, builder, d = columns.unknowns, columns.builder, columns.unknowns["d"]
+    opened = builder.ge(program.rows.rhs)
+    columns.place(opened, sp.csr_matrix(program.rows.matrix), 1.0)
     cost = np.zeros(0)
     if soft is not None and bool(soft.any()):
         slack = unknowns.add("slack", (int(soft.sum()),), 0.0)
         builder.add(opened[soft], slack.columns, 1.0)
         cost = np.full(slack.size, weight)
-    if k:
-        below = builder.ge(program.const)  # a - z >= 0
-        builder.add(below, a.columns, 1.0)
-        place(below, program.pre, -1.0)
-        above = builder.ge(program.low - program.const)  # z - a - low (1 - s) >= 0
-        place(above, program.pre, 1.0)
-        builder.add(above, a.columns, -1.0)
-        builder.add(above, s.columns, program.low)
-        on = builder.ge(np.zeros(k))  # high s - a >= 0
-        builder.add(on, s.columns, program.high)
-        builder.add(on, a.columns, -1.0)
+    columns.add_cells(program)
     rows = builder.build(unknowns.count)
     integer = np.zeros(unknowns.count, dtype=bool)
-    integer[s.columns] = True
+    integer[unknowns["s"].columns] = True
     if norm is PointNorm.L0:
         return _count(unknowns, rows, integer, program, used, cost)
     kind = LinearNorm.L1 if norm is PointNorm.L1 else LinearNorm.LINF
@@ -176,7 +236,7 @@ def _assemble(
     if len(cost):
         objective[unknowns["slack"].columns] = cost
     mask = np.concatenate([integer, np.zeros(plain.columns - len(integer), dtype=bool)])
-    return replace(plain, cost=objective, integer=mask if k else None)
+    return replace(plain, cost=objective, integer=mask if program.cells else None)
 
 
 def _count(

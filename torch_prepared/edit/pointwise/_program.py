@@ -1,14 +1,17 @@
-"""From examples to a piecewise-linear program over one layer's weight change.
+"""From examples to a piecewise-linear program over the change of one layer, or of several biases.
 
-Everything before the layer is a constant; the layer's value is affine in the change; affine nodes
-after it are composed; a ReLU whose argument cannot change sign within the unknowns' bounds is
+Everything before the first of them is a constant; a layer's value is affine in the change; affine
+nodes are composed; a ReLU whose argument cannot change sign within the unknowns' bounds is
 linear, any other becomes a cell of the program (or, with a fixed pattern, a pair of sign rows).
+Which ones can is said by intervals, tightened by CROWN over the box of the first layer's value: the
+rows of a fully connected layer have their own unknowns, so that nothing is lost by that box.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_prepared.bounds import RegionBatch, bound_nodes
 from torch_prepared.certify import PointClaims
-from torch_prepared.core.graph import Node
+from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
 from torch_prepared.core.rows import Floats, LinearRows
 from torch_prepared.edit.pointwise._layer import FreeLayer, Prefix
@@ -107,19 +111,18 @@ class _Build:
         here = {name: value[i : i + 1] for name, value in self.prefix.items()}
         shapes = {name: tuple(value.shape[1:]) for name, value in here.items()}
         known: dict[str, tuple[sp.csr_matrix, Floats]] = {}
+        closer: dict[str, Interval] = {}
         boxes = {name: Interval.point(value) for name, value in here.items()}
         for node in self.layer.after:
             shapes[node.name] = node.shape
-            if node is self.layer.node:
-                moved = self.layer.matrix(self.prefix, i)
-                start = self.layer.values(here)[node.name].reshape(-1).numpy()
-                known[node.name] = _widen(moved, self.width), start
-                spread = np.zeros(node.size)
-                if self.layer.after[1:] and self.pattern is None:
-                    spread = _times(abs(moved).sum(axis=1), self.reach)
-                boxes[node.name] = _box(start - spread, start + spread, node)
-                continue
-            if lookup(node.op).traits.affine:
+            table = self.layer.graph.parameters
+            moved = self.layer.matrix(self.prefix, i, node)
+            if not any(name in known for name in node.inputs):
+                with torch.no_grad():
+                    start = lookup(node.op).value(node, [here[n] for n in node.inputs], table)
+                empty = sp.csr_matrix((node.size, self.width))
+                known[node.name] = empty, start.reshape(-1).numpy()
+            elif lookup(node.op).traits.affine:
                 known[node.name] = self._affine(node, known, here, shapes)
             elif node.op == "relu":
                 known[node.name] = self._relu(node, i, *known[node.inputs[0]], boxes)
@@ -130,10 +133,37 @@ class _Build:
                 )
             if self.pattern is None:
                 inputs = [boxes[name] for name in node.inputs]
-                boxes[node.name] = lookup(node.op).interval(
-                    node, inputs, self.layer.graph.parameters
-                )
+                box = lookup(node.op).interval(node, inputs, table)
+                tight = closer.get(node.name)
+                boxes[node.name] = box if tight is None else box.intersect(tight)
+            if moved is not None:
+                matrix, const = known[node.name]
+                known[node.name] = sp.csr_matrix(matrix + _widen(moved, self.width)), const
+                if self.pattern is None:
+                    spread = _times(abs(moved).sum(axis=1), self.reach)
+                    boxes[node.name] = _spread(boxes[node.name], spread)
+                    closer |= self._crown(node, boxes[node.name])
         return known[self.layer.graph.nodes[-1].name]
+
+    @cached_property
+    def _rest(self) -> Graph | None:
+        """The network after the only layer that changes, if it reads nothing else."""
+        first, *rest = self.layer.after
+        names = {n.name for n in self.layer.after}
+        alone = len(self.layer.shifted) <= 1 and any(n.op == "relu" for n in rest)
+        if not alone or not all(name in names for n in rest for name in n.inputs):
+            return None
+        start = Node(first.name, "input", (), first.shape)
+        return Graph((start, *rest), self.layer.graph.parameters, frozenset())
+
+    def _crown(self, node: Node, box: Interval) -> dict[str, Interval]:
+        """Intervals of nodes after ``node``, over all of its values in ``box``."""
+        finite = bool(torch.isfinite(box.lower).all() and torch.isfinite(box.upper).all())
+        if self._rest is None or self._rest.nodes[0].name != node.name or not finite:
+            return {}
+        region = RegionBatch(box.lower.flatten(1), box.upper.flatten(1))
+        with torch.no_grad():
+            return bound_nodes(self._rest, region)
 
     def _affine(
         self,
@@ -204,6 +234,7 @@ def _widen(matrix: sp.csr_matrix, width: int) -> sp.csr_matrix:
     return sp.csr_matrix((matrix.data, matrix.indices, matrix.indptr), shape=shape)
 
 
-def _box(lower: Floats, upper: Floats, node: Node) -> Interval:
-    ends = (torch.from_numpy(end).reshape(1, *node.shape) for end in (lower, upper))
-    return Interval(*ends)
+def _spread(box: Interval, spread: Floats) -> Interval:
+    """The box widened by ``spread`` (size,) on both sides."""
+    wide = torch.from_numpy(spread).reshape(box.lower.shape)
+    return Interval(box.lower - wide, box.upper + wide)

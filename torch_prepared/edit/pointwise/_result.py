@@ -30,7 +30,7 @@ class Outcome(enum.Enum):
 class PointStatus(enum.Enum):
     """The checker's verdict on the weights as stored."""
 
-    VERIFIED_FLOAT = "verified-float"  #: exactly, and for float32 sums in any order
+    VERIFIED_FLOAT = "verified-float"  #: exactly, and in the compute type with any order of sums
     VERIFIED_EXACT = "verified-exact"  #: in exact arithmetic
     UNVERIFIED = "unverified"
 
@@ -46,7 +46,7 @@ class PointEditResult(Generic[Model]):
         method: what made the edit.
         margins: (m,) lower bounds of the exact margins of the stored network at the examples; NaN
             where there is none.
-        margins_float: (m,) lower bounds for any float32 evaluation; NaN where there is none.
+        margins_float: (m,) lower bounds for any evaluation in ``compute``; NaN where there is none.
         size: the norm of the change as solved for, before rounding to the storage dtype.
         bound: a lower bound of the least possible norm, by the solver; NaN when unknown.
         delta: size of the change as stored.
@@ -58,6 +58,7 @@ class PointEditResult(Generic[Model]):
             cached about them is void.
         seconds: wall time by phase, and ``total``.
         message: one line.
+        compute: the type of evaluations that ``margins_float`` and a float verdict speak of.
     """
 
     outcome: Outcome
@@ -76,3 +77,4 @@ class PointEditResult(Generic[Model]):
     stale_layers: tuple[str, ...]
     seconds: Mapping[str, float]
     message: str
+    compute: str = "float32"

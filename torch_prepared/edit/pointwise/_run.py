@@ -21,6 +21,7 @@ from torch_prepared.certify import (
     check_points,
     weights_digest,
 )
+from torch_prepared.certify.compute import ComputeType
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork
@@ -46,8 +47,10 @@ class Run:
     source: Source
     problem: PointProblem
     verify: str
+    compute: ComputeType
     deadline: Deadline
     seconds: dict[str, float] = field(default_factory=dict)
+    reason: str = ""  #: why the checker refused the last proposal, where no margin would help
 
     def edit(self, progress: bool) -> PointEditResult[nn.Module | OnnxNetwork | Graph]:
         """Propose with growing margins until the checker agrees; keep the least harmful."""
@@ -70,7 +73,9 @@ class Run:
                         continue
                     verified = self._verify(proposed)
                     if not verified.suffices(self.verify):
-                        widen = max(widen, verified.shortfall(self.verify))
+                        lack = verified.shortfall(self.verify)
+                        self.reason = verified.reason(self.verify) if lack == 0.0 else ""
+                        widen = max(widen, lack)
                         continue
                     lost = self._drawdown(proposed)
                     score = (0.0, 0.0) if lost is None else lost.score
@@ -102,7 +107,7 @@ class Run:
         if self.verify == "none":
             return _Verified(certificate, None, None)
         exact = check_points(certificate, record, self.problem.edits)
-        loose = check_points(certificate, record, self.problem.edits, arithmetic="float32")
+        loose = check_points(certificate, record, self.problem.edits, arithmetic=self.compute)
         self._spend("check", clock)
         return _Verified(certificate, exact, loose)
 
@@ -141,6 +146,7 @@ class Run:
             "margin": repr(options.margin),
             "size": repr(proposed.found.size),
             "solver_status": proposed.found.status.value,
+            "compute": self.compute,
         }
 
     def _result(
@@ -165,16 +171,24 @@ class Run:
             manifest=verified.certificate.manifest,
             stale_layers=_stale(graph, changed),
             seconds=dict(self.seconds),
-            message=f"{verified.status.value} by {proposed.method}"
+            message=f"{verified.status.value}{self._type(verified)} by {proposed.method}"
             if changed
             else "the examples hold already; the network is returned unchanged",
+            compute=self.compute,
         )
+
+    def _type(self, verified: _Verified) -> str:
+        """The compute type that a float verdict speaks of, where it is not the usual one."""
+        named = verified.status is PointStatus.VERIFIED_FLOAT and self.compute != "float32"
+        return f" ({self.compute})" if named else ""
 
     def _failed(self, last: Proposed | None) -> PointEditResult[nn.Module | OnnxNetwork | Graph]:
         conflict: tuple[int, ...] = ()
         if last is None or last.found.d is not None:
             outcome = Outcome.UNKNOWN
             message = "no proposal survived exact evaluation; raise the margin or the time limit"
+            if self.reason:
+                message = f"no proposal was verified: {self.reason}"
             if self.deadline.over:
                 outcome, message = Outcome.TIME_LIMIT, "time over before an edit was verified"
         else:
@@ -197,7 +211,7 @@ class Run:
         return PointEditResult(
             outcome, PointStatus.UNVERIFIED, self.source.rebuild({}), "none", nothing, nothing,
             float("nan"), float("nan"), Delta.between(self.problem.graph, {}), None, conflict,
-            None, {}, (), dict(self.seconds), message,
+            None, {}, (), dict(self.seconds), message, self.compute,
         )  # fmt: skip
 
 
@@ -227,6 +241,11 @@ class _Verified:
             [*wanted, PointStatus.VERIFIED_EXACT] if verify == "exact" else wanted
         )
 
+    def reason(self, verify: str) -> str:
+        """The checker's."""
+        check = self.loose if verify == "float" else self.exact
+        return "" if check is None else check.reason
+
     def shortfall(self, verify: str) -> float:
         """How much larger a margin should be for the checker to agree; 0 when that is hopeless."""
         check = self.loose if verify == "float" else self.exact
@@ -239,7 +258,7 @@ class _Verified:
         return np.full(len(claims.inputs), np.nan) if self.exact is None else self.exact.margins
 
     def margins_float(self, claims: PointClaims) -> np.ndarray:
-        """Lower bounds over float32 evaluations."""
+        """Lower bounds over evaluations in the compute type."""
         return np.full(len(claims.inputs), np.nan) if self.loose is None else self.loose.margins
 
 

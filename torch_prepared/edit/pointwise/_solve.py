@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch_prepared.edit.pointwise._curved import raise_rows
 from torch_prepared.edit.pointwise._examples import point_margins, row_values
 from torch_prepared.edit.pointwise._finetune import finetune
 from torch_prepared.edit.pointwise._hidden import solve_hidden, solve_with_z3
-from torch_prepared.edit.pointwise._layer import FreeLayer, Prefix
+from torch_prepared.edit.pointwise._layer import FreeLayer, Layers, Prefix
 from torch_prepared.edit.pointwise._linear import PointNorm, solve_linear
 from torch_prepared.edit.pointwise._program import build_program
 from torch_prepared.edit.pointwise._projection import LastLayer
@@ -44,7 +44,7 @@ LITTLE_LOST = 5e-4
 class PointOptions:
     """Choices; see :func:`edit_points`."""
 
-    layer: str | None
+    layer: Layers
     norm: PointNorm
     solver: str
     margin: float
@@ -86,17 +86,17 @@ def propose(problem: PointProblem, deadline: Deadline) -> Iterator[Proposed]:
     wanted = Wanted.of(layer, problem.edits, problem.keeps, options.margin, options.keep_weight)
     if options.solver == "z3":
         found = solve_with_z3(layer, wanted, options.norm, options.budget, deadline)
-        yield _proposed(problem, f"z3 over {layer.node.name}", layer, found)
+        yield _proposed(problem, f"z3 over {layer.title}", layer, found)
     elif layer.is_last:
         found = _lazily(layer, wanted, options, deadline)
         kind = "milp" if options.norm is PointNorm.L0 else "lp"
-        yield _proposed(problem, f"{kind} over {layer.node.name}", layer, found)
+        yield _proposed(problem, f"{kind} over {layer.title}", layer, found)
     else:
         found = solve_hidden(
             layer, wanted, options.norm, options.budget,
             lambda: _tuned_layer(problem, layer, deadline), deadline, options.threads,
         )  # fmt: skip
-        yield _proposed(problem, f"milp over {layer.node.name}", layer, found)
+        yield _proposed(problem, f"milp over {layer.title}", layer, found)
 
 
 def _lazily(layer: FreeLayer, wanted: Wanted, options: PointOptions, deadline: Deadline) -> Found:
@@ -131,11 +131,11 @@ def _by_behavior(problem: PointProblem, layer: FreeLayer, deadline: Deadline) ->
     """
     options, reference = problem.options, problem.reference
     tunes = reference is not None and options.norm is PointNorm.BEHAVIOR and options.free is None
-    tunes &= options.layer is None or not layer.is_last
+    tunes &= options.layer is None or not (layer.is_last or layer.shifted)
     projects = layer.is_last and layer.is_dense
     if not (tunes or projects):
         raise SpecError(
-            f"{layer.node.name}: norm '{options.norm.value}' needs a last, fully connected layer, "
+            f"{layer.title}: norm '{options.norm.value}' needs a last, fully connected layer, "
             "or 'behavior' with inputs to preserve and no mask; expected that, or norm '1', 'inf' "
             "or '0'"
         )
@@ -165,7 +165,7 @@ def _tuned(problem: PointProblem, layer: FreeLayer, deadline: Deadline) -> Propo
     options, reference = problem.options, problem.reference
     if reference is None:
         raise SpecError("norm 'behavior': got no inputs to preserve; expected some")
-    chosen = None if options.layer is None else (options.layer,)
+    chosen = None if options.layer is None else (layer.node.name,)
     graph = finetune(
         problem.graph, problem.edits, reference.inputs, options.margin,
         layers=chosen, deadline=deadline.share(TUNE_SHARE), seed=options.seed,
@@ -211,6 +211,8 @@ def _tuned_layer(problem: PointProblem, layer: FreeLayer, deadline: Deadline) ->
     Where few scalars are positive there is little to tune, so starts with raised biases are tried.
     """
     options, claims = problem.options, problem.edits
+    if layer.shifted:
+        return _tuned_biases(problem, layer, deadline)
     points = torch.from_numpy(claims.inputs)
     value = layer.values(layer.prefix(points))[layer.node.name]
     for share in POSITIVE if len(layer.names) == 2 else POSITIVE[:1]:
@@ -231,6 +233,17 @@ def _tuned_layer(problem: PointProblem, layer: FreeLayer, deadline: Deadline) ->
         layers=(layer.node.name,), deadline=deadline.share(0.2), seed=options.seed,
     )  # fmt: skip
     return FreeLayer.of(tuned, layer.node.name, options.free)
+
+
+def _tuned_biases(problem: PointProblem, layer: FreeLayer, deadline: Deadline) -> FreeLayer:
+    """The same biases of a network tuned in them alone."""
+    options = problem.options
+    graph = replace(problem.graph, editable=frozenset(layer.names))
+    tuned = finetune(
+        graph, problem.edits, None, options.margin,
+        layers=None, deadline=deadline.share(0.2), seed=options.seed,
+    )  # fmt: skip
+    return FreeLayer.of(tuned, options.layer, None)
 
 
 def _proposed(problem: PointProblem, method: str, layer: FreeLayer, found: Found) -> Proposed:

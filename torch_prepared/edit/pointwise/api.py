@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torch_prepared.certify import PointClaims
+from torch_prepared.certify.compute import COMPUTE_TYPES, ComputeType
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork
@@ -19,10 +22,12 @@ from torch_prepared.edit.pointwise._examples import (
     make_claims,
     row_values,
 )
+from torch_prepared.edit.pointwise._layer import FreeLayer, Layers
 from torch_prepared.edit.pointwise._linear import PointNorm
 from torch_prepared.edit.pointwise._result import Outcome, PointEditResult, PointStatus
 from torch_prepared.edit.pointwise._run import Run
 from torch_prepared.edit.pointwise._solve import PointOptions, PointProblem
+from torch_prepared.edit.pointwise._strongest import strongest_weights
 from torch_prepared.errors import InfeasibleEditError, SpecError
 from torch_prepared.relax import evaluate_graph
 
@@ -38,7 +43,7 @@ def edit_points(
     inputs: Tensor,
     targets: Targets,
     *,
-    layer: str | None = None,
+    layer: str | Sequence[str] | None = None,
     norm: str | PointNorm | None = None,
     keep: Tensor | None = None,
     keep_weight: float | None = None,
@@ -46,9 +51,10 @@ def edit_points(
     labels: Tensor | None = None,
     margin: float | None = None,
     budget: float | None = None,
-    free: Tensor | None = None,
+    free: Tensor | int | None = None,
     solver: str = "highs",
     verify: str = "exact",
+    compute: ComputeType = "float32",
     round_to: torch.dtype | None = None,
     time_limit: float | None = None,
     threads: int | None = None,
@@ -71,8 +77,10 @@ def edit_points(
         inputs: m examples (m, ...), rounded to the network's dtype.
         targets: a class each (m,), or a :class:`SafeSet` each.
         layer: name of the layer that may change; None is the last one, or all for ``"behavior"``.
+            ``"biases"``, or several names: the biases of all, or these, layers and no weight.
         norm: ``"behavior"`` (the default with ``preserve`` or ``keep``), ``"2"`` (the default
-            otherwise), ``"inf"``, ``"1"`` or ``"0"`` (number of changed weights; needs a budget).
+            otherwise), ``"inf"`` (the default for biases), ``"1"`` or ``"0"`` (number of changed
+            weights; needs a budget).
         keep: examples (k, ...) whose decision must stay.
         keep_weight: price of a kept example's shortfall; None forbids it.
         preserve: inputs (q, ...) whose outputs should stay; ``keep`` stands in for them.
@@ -81,9 +89,13 @@ def edit_points(
             of the rows' usual size. 0 is allowed with ``verify="exact"`` and safe sets that are not
             strict.
         budget: largest change of one weight.
-        free: bool of the stored weight's shape, which weights of the layer may change.
+        free: bool of the stored weight's shape, which weights of the layer may change; or a
+            number, for as many of those with the largest ``|d margin / d w|`` over the examples.
         solver: ``"highs"`` or ``"z3"`` (norms ``"inf"`` and ``"1"``, hard rows only).
-        verify: ``"exact"`` arithmetic, any ``"float"`` evaluation, or ``"none"``.
+        verify: ``"exact"`` arithmetic, any ``"float"`` evaluation in type ``compute``, or
+            ``"none"``.
+        compute: ``"float32"``, ``"float64"``, ``"tf32"`` or ``"bfloat16"``, the type of evaluations
+            that float margins and verdicts speak of; see ``certify.compute`` for the models.
         round_to: store changed weights as numbers of this narrower type.
         time_limit: wall seconds.
         threads: CPU threads of solvers.
@@ -110,14 +122,11 @@ def edit_points(
     deadline = Deadline(time_limit)
     source = read_network(model, inputs, inputs[:1].numel() if len(inputs) else 1)
     graph = source.graph
-    _check_options(solver, verify, margin, budget, keep_weight)
+    _check_options(solver, verify, compute, margin, budget, keep_weight)
+    layers: Layers = layer if layer is None or isinstance(layer, str) else tuple(layer)
+    shifts = layers is not None and bool(FreeLayer.of(graph, layers, None).shifted)
     keep = keep if keep is not None and len(keep) else None  # none to keep asks for nothing
-    chosen = PointNorm.BEHAVIOR if (preserve is not None or keep is not None) else PointNorm.L2
-    try:
-        chosen = chosen if norm is None else PointNorm(norm)
-    except ValueError:
-        known = ", ".join(n.value for n in PointNorm)
-        raise SpecError(f"norm: got {norm!r}; expected one of {known}") from None
+    chosen = _norm(norm, shifts, preserve is not None or keep is not None)
     if solver == "z3" and chosen not in (PointNorm.LINF, PointNorm.L1):
         raise SpecError(f"solver 'z3': got norm {chosen.value!r}; expected 'inf' or '1'")
     if preserve is not None and not preserve.numel():
@@ -132,11 +141,13 @@ def edit_points(
         return _unchanged(source, reference, deadline)
     edits = make_claims(graph, inputs, targets, "examples")
     clash = contradictions(edits.inputs, targets)
+    mask = free if free is None or isinstance(free, Tensor) else _free(graph, edits, layers, free)
     options = PointOptions(
-        layer, chosen, solver, _margin(graph, edits, margin), keep_weight, free, budget,
+        layers, chosen, solver, _margin(graph, edits, margin), keep_weight, mask, budget,
         round_to, threads, seed,
     )  # fmt: skip
-    run = Run(source, PointProblem(graph, edits, keeps, reference, options), verify, deadline)
+    problem = PointProblem(graph, edits, keeps, reference, options)
+    run = Run(source, problem, verify, compute, deadline)
     result = run.conflict(clash) if clash else run.edit(progress)
     if raise_on_failure and result.outcome is not Outcome.EDITED:
         raise InfeasibleEditError(result.message)
@@ -146,11 +157,15 @@ def edit_points(
 def _check_options(
     solver: str,
     verify: str,
+    compute: str,
     margin: float | None,
     budget: float | None,
     keep_weight: float | None,
 ) -> None:
-    for name, got, known in (("solver", solver, SOLVERS), ("verify", verify, VERIFY)):
+    choices = (
+        ("solver", solver, SOLVERS), ("verify", verify, VERIFY), ("compute", compute, COMPUTE_TYPES)
+    )  # fmt: skip
+    for name, got, known in choices:
         if got not in known:
             raise SpecError(f"{name}: got {got!r}; expected one of {', '.join(known)}")
     for name, value in (("margin", margin), ("budget", budget), ("keep_weight", keep_weight)):
@@ -161,6 +176,17 @@ def _check_options(
         raise SpecError("margin: got 0; expected a positive one unless verify is 'exact'")
 
 
+def _norm(norm: str | PointNorm | None, shifts: bool, stays: bool) -> PointNorm:
+    """The user's, or the usual one for biases, for inputs that shall stay, and otherwise."""
+    if norm is None:
+        return PointNorm.LINF if shifts else PointNorm.BEHAVIOR if stays else PointNorm.L2
+    try:
+        return PointNorm(norm)
+    except ValueError:
+        known = ", ".join(n.value for n in PointNorm)
+        raise SpecError(f"norm: got {norm!r}; expected one of {known}") from None
+
+
 def _margin(graph: Graph, edits: PointClaims, margin: float | None) -> float:
     """The user's, or a hundredth of the usual size of the rows."""
     if margin is not None:
@@ -169,6 +195,13 @@ def _margin(graph: Graph, edits: PointClaims, margin: float | None) -> float:
     with torch.no_grad():
         y = evaluate_graph(graph.to(torch.float64, "cpu"), x).flatten(1).numpy()
     return max(RELATIVE_MARGIN * float(np.median(np.abs(row_values(edits, y)))), 1e-9)
+
+
+def _free(graph: Graph, edits: PointClaims, layers: Layers, count: int) -> Tensor:
+    """A number of weights as the mask of the strongest ones."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise SpecError(f"free: got {count!r}; expected a bool tensor or a whole number")
+    return strongest_weights(graph, edits, layers, count)
 
 
 def _kept(graph: Graph, keep: Tensor) -> PointClaims:
