@@ -29,7 +29,8 @@ __all__ = ["HighsMethod", "HighsSolver"]
 _LARGEST_INDEX = 2**31 - 1
 _TINY_ENTRIES = 2_000  #: below this many coefficients simplex is faster than interior point
 _LONG = 100_000  #: nonzeros of a linear program that may run long
-_WORKERS_END = 1.5  #: seconds in which HiGHS's workers end; a process that exits before aborts
+_LOOK_EVERY = 0.05  #: seconds
+_WORKERS_END = 1.0  #: seconds in which HiGHS's workers end; a process that exits before aborts
 
 
 class HighsMethod(StrEnum):
@@ -228,13 +229,14 @@ def _run_aside(highs: highspy.Highs, progress: Callable[[float, float], None] | 
             report(float(event.data_out.mip_dual_bound), float(event.data_out.mip_primal_bound))
 
         highs.cbMipInterrupt += tell
-    thread = highs.startSolve()
-    try:
-        while thread.is_alive():
-            thread.join(0.05)
+    highs.startSolve()
+    try:  # not by joining the thread: an interrupted join takes a running thread for ended
+        while highs.is_solver_running():
+            time.sleep(_LOOK_EVERY)
     except BaseException:
         highs.cancelSolve()  # type: ignore[no-untyped-call]  # its stub lacks the return type
-        thread.join()
+        while highs.is_solver_running():
+            time.sleep(_LOOK_EVERY)
         time.sleep(_WORKERS_END)
         raise
 
