@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -83,14 +84,17 @@ def test_exit_codes_tell_proofs_from_claims(run: Run, write_fold) -> None:
     claimed = run("invert", model, "--at", "0.25,0.5", "--radius", "0.4", "--method", "milp")
     assert claimed.exit_code == 20, claimed.output
     assert "claimed" in claimed.stdout
-    pairs = run("invert", model, "--at", "0.25,0.5", "--problem", "injectivity", "--json")
+    pairs = run(
+        "invert", model, "--at", "0.25,0.5", "--problem", "injectivity", "--time-limit", "5",
+        "--json",
+    )  # fmt: skip
     assert pairs.exit_code == 10
     assert only_json(pairs)["lower"] == pytest.approx(0.25, abs=2e-3)
 
 
 def test_matching_two_files(run: Run, write_fold) -> None:
     fold, plane = write_fold(), write_fold("leaky.onnx", slope=-0.5)
-    lost = run("invert", fold, "--match", plane, "--at", "0.25,0", "--json")
+    lost = run("invert", fold, "--match", plane, "--at", "0.25,0", "--time-limit", "5", "--json")
     assert lost.exit_code == 10, lost.output
     assert only_json(lost)["lower"] == pytest.approx(0.25, abs=2e-3)
     kept = run("invert", plane, "--match", fold, "--at", "0.25,0", "--json")
@@ -130,6 +134,56 @@ def test_check_replays_radii_of_pairs_and_of_two_networks(
     assert len(broken.stderr.strip().splitlines()) == 1
 
 
+def test_outputs_within_a_tolerance_and_their_certificate(
+    run: Run, write_fold, tmp_path: Path
+) -> None:
+    """a - b >= 0.2 and a + b <= 0.05 where a > 0 > b: b = -0.075 at best, 0.325 from 0.25."""
+    model, proof = write_fold(), tmp_path / "proof.json"
+    options = ("--at", "0.25,0.5", "--separation", "0.2", "--output-tolerance", "0.05",
+               "--time-limit", "4", "--json")  # fmt: skip
+    pairs = run("invert", model, *options, "--problem", "injectivity", "--certificate", proof)
+    assert pairs.exit_code == 10, pairs.output
+    data = only_json(pairs)
+    assert 0.32 <= data["proved"] <= data["lower"] <= 0.325 <= data["upper"]
+    assert data["upper"] - data["lower"] < 1e-3
+    assert (data["output_tolerance"], data["separation"]) == (0.05, 0.2)
+    replay = run("check", proof, model, "--json")
+    assert replay.exit_code == 0, replay.output
+    assert only_json(replay)["output_tolerance"] == 0.05
+    assert only_json(replay)["separation"] == 0.2
+    near = only_json(run("invert", model, *options))
+    assert near["lower"] <= 0.45 <= near["upper"] * (1 + 1e-6)  # -0.2 has the output 0.2
+    text = run("invert", model, *options[:-1])
+    assert "of outputs within 0.05" in text.stdout
+    tight = run("invert", model, *options, "--method", "milp", "--bounds", "obbt")
+    assert only_json(tight)["lower"] == pytest.approx(0.45, abs=1e-3)
+
+
+def test_distances_in_place_of_radii(run: Run, write_fold) -> None:
+    fold, bent = write_fold(), write_fold("bent.onnx", slope=0.5)
+    options = ("--at", "0.25,0", "--distance", "--json")
+    pairs = run("invert", fold, *options, "--problem", "injectivity", "--radius", "0.5")
+    assert pairs.exit_code == 10, pairs.output
+    data = only_json(pairs)
+    assert data["lower"] <= 0.5 <= data["upper"]
+    assert data["upper"] - data["lower"] < 1e-3
+    assert only_json(run("invert", fold, *options))["upper"] == pytest.approx(0.5, abs=1e-3)
+    match = run("invert", fold, "--match", bent, *options, "--radius", "0.75")
+    assert match.exit_code == 10, match.output
+    data = only_json(match)
+    assert data["problem"] == "matching distance"
+    assert data["lower"] <= 0.25 <= data["upper"]  # 0.5 and -0.5: outputs 0.5 and 0.25
+    assert data["upper"] - data["lower"] < 1e-3
+    x, y = data["witness"]["x"], data["witness"]["y"]
+    assert abs(x[0]) == pytest.approx(abs(y[0]))
+    itself = write_fold("again.onnx")
+    same = run("invert", fold, "--match", itself, *options)
+    assert same.exit_code == 20, same.output
+    assert only_json(same)["upper"] <= 1e-5
+    text = run("invert", fold, "--match", bent, *options[:-1], "--radius", "0.75")
+    assert "outputs of the second network differ" in text.stdout
+
+
 def test_points_from_files_and_other_norms(run: Run, write_fold, tmp_path: Path) -> None:
     np.save(tmp_path / "at.npy", np.array([[0.25, 0.5]], np.float32))
     for norm in ("1", "2"):
@@ -162,6 +216,18 @@ def test_a_file_without_points_is_one_line(run: Run, write_fold, tmp_path: Path)
         (["--at", "0,1", "--problem", "injectivity", "--of", "1,1"], "--problem"),
         (["--at", "0,1", "--problem", "injectivity", "--separation", "9"], "separation"),
         (["--at", "0,1", "--plot", "/nowhere/x.png"], "x.png"),
+        (["--at", "0,1", "--radius", "0"], "--radius"),
+        (["--at", "0,1", "--radius", "nan"], "--radius"),
+        (["--at", "0,1,2"], "--at"),
+        (["--at", "0,1", "--of", "1"], "--of"),
+        (["--at", "0,1", "--output-tolerance", "-1"], "--output-tolerance"),
+        (["--at", "0,1", "--output-tolerance", "nan"], "--output-tolerance"),
+        (["--at", "0,1", "--output-tolerance", "inf"], "output_tolerance"),
+        (["--at", "0,1", "--separation", "inf"], "separation"),
+        (["--at", "0,1", "--distance", "--of", "1,1"], "--distance"),
+        (["--at", "0,1", "--distance", "--plot", "x.png"], "--distance"),
+        (["--at", "0,1", "--distance", "--certificate", "x.json"], "--distance"),
+        (["--at", "0,1", "--distance", "--radius", "inf"], "radius"),
         ([], "--at"),
     ],
 )
@@ -183,26 +249,105 @@ def test_bad_files_write_nothing(run: Run, write_fold, tmp_path: Path) -> None:
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".onnx"] * 4
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_a_long_program_soon_and_leaves_nothing(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_not_replaced_by_files(run: Run, write_fold, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    error = one_line_error(run("invert", write_fold(), "--at", "0.25,0.5", "--certificate", pipe))
+    assert "pipe.json" in error
+    assert pipe.is_fifo()
+
+
+def _write_hard(path: Path) -> Path:
+    """A network whose programs take minutes."""
     import torch
 
     torch.manual_seed(0)
     sizes = ((6, 40), (40, 40), (40, 6))
     layers = [part for n, m in sizes for part in (torch.nn.Linear(n, m), torch.nn.ReLU())]
     net = torch.nn.Sequential(*layers[:-1])
-    path = tmp_path / "hard.onnx"
     torch.onnx.export(net, (torch.zeros(1, 6),), str(path), dynamo=False)
+    return path
+
+
+def test_a_network_of_other_inputs_is_no_match(run: Run, write_fold, tmp_path: Path) -> None:
+    hard = _write_hard(tmp_path / "hard.onnx")
+    for extra in ((), ("--distance",)):
+        error = one_line_error(
+            run("invert", write_fold(), "--match", hard, "--at", "0.2,1", *extra)
+        )
+        assert "second network" in error
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(hard.read_bytes()[:-100])
+    error = one_line_error(run("invert", write_fold(), "--match", broken, "--at", "0.2,1"))
+    assert "broken.onnx" in error
+
+
+@pytest.mark.parametrize("extra", [[], ["--problem", "injectivity"], ["--distance"]])
+def test_a_second_is_enough_for_bounds_that_hold(run: Run, tmp_path: Path, extra) -> None:
+    hard = _write_hard(tmp_path / "hard.onnx")
+    start = time.monotonic()
+    result = run(
+        "invert", hard, "--at", "0,0,0,0,0,0", "--radius", "3", "--time-limit", "1", *extra,
+        "--json",
+    )  # fmt: skip
+    assert time.monotonic() - start < 15
+    data = only_json(result)
+    assert result.exit_code in (10, 20)
+    assert data["status"] == "open"
+    assert data["upper"] is None or 0.0 <= data["lower"] <= data["upper"]
+
+
+_FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+from torch_prepared.cli.main import main
+sys.argv = ["torch-prepared", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("option", ["--certificate", "--plot"])
+def test_a_full_disk_leaves_nothing(write_fold, tmp_path: Path, option: str) -> None:
+    model, folder = write_fold(), tmp_path / "full"
+    folder.mkdir()
+    name = "p.json" if option == "--certificate" else "p.png"
+    (folder / name).write_text("before")
     command = [
-        sys.executable, "-m", "torch_prepared", "invert", str(path), "--at", "0,0,0,0,0,0",
-        "--radius", "3", "--method", "milp", "--time-limit", "150",
-        "--plot", str(tmp_path / "p.png"),
+        sys.executable, "-c", _FULL_DISK, "invert", str(model), "--at", "0.25,0.5",
+        option, str(folder / name),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "File too large" in done.stderr
+    assert name in done.stderr
+    assert [p.name for p in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == "before"
+
+
+@pytest.mark.slow
+def test_ctrl_c_prints_the_bounds_found_so_far(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch_prepared", "invert", str(_write_hard(tmp_path / "hard.onnx")),
+        "--at", "0,0,0,0,0,0", "--radius", "3", "--method", "milp", "--time-limit", "150",
+        "--plot", str(tmp_path / "p.png"), "--json",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
+    )
     time.sleep(45)  # past the search, into branch and bound
     start = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    printed, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert time.monotonic() - start < 30
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hard.onnx"]
+    data = json.loads(printed)
+    assert (data["status"], data["message"]) == ("open", "interrupted")
+    assert data["lower"] > 0.0
+    assert data["upper"] is None or data["lower"] <= data["upper"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hard.onnx", "p.png"]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

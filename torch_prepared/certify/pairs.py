@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from torch_prepared.certify.records import NetworkRecord
-from torch_prepared.certify.rounding import UNIT, BoolArray, FloatArray, IntArray, gamma
+from torch_prepared.certify.rounding import (
+    INFLATION,
+    UNDERFLOW,
+    UNIT,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    gamma,
+)
 from torch_prepared.certify.secants import BoxFacts, SecantNetwork, Slopes, multiply
 
 __all__ = ["BoxTree", "PairTests", "Step", "distance_below"]
@@ -27,9 +35,10 @@ class Step(enum.IntEnum):
     SPLIT = 0  #: covered by smaller pairs
     OUTSIDE = 1  #: X or Y lies outside of the ball
     APART = 2  #: outputs differ along some direction
-    STEEP = 3  #: ``C S d`` is never 0, by intervals
+    STEEP = 3  #: ``C S d`` is never 0 (never as small as the tolerance allows), by intervals
     SIGN = 4  #: ``det(C S)`` is never 0
     NEAR = 5  #: outputs of the second network differ by less than the tolerance
+    CLOSE = 6  #: all points of X and Y are less than the separation apart
 
 
 class BoxTree:
@@ -130,6 +139,9 @@ class PairTests:
         directions: (k, m) for the first network.
         tolerance: for :attr:`Step.NEAR`.
         slack: relative; a search asks for this much more than the checker, whose rounding differs.
+        output_tolerance: outputs of the first network that differ by no more count as equal.
+        separation: with one network and an output tolerance, pairs at least so far apart are
+            excluded, others are not asked about (maximum norm).
 
     Raises:
         UnsupportedOperationError: see :class:`SecantNetwork`.
@@ -142,8 +154,12 @@ class PairTests:
         directions: FloatArray,
         tolerance: float,
         slack: float = 0.0,
+        *,
+        output_tolerance: float = 0.0,
+        separation: float = 0.0,
     ) -> None:
         self.tree, self.tolerance, self.slack = tree, tolerance, slack
+        self.output_tolerance, self.separation = output_tolerance, separation
         self.first = SecantNetwork(networks[0], directions)
         self.second: SecantNetwork | None = None
         if len(networks) > 1:
@@ -154,6 +170,14 @@ class PairTests:
         if self.second is not None:
             self._facts.append(_FactTable(self.second))
 
+    @property
+    def useful(self) -> tuple[Step, ...]:
+        """The tests that can hold for some pair, cheap ones first."""
+        found = [] if self.separation == 0.0 else [Step.CLOSE]
+        found += [Step.APART, Step.STEEP]
+        found += [] if self.output_tolerance else [Step.SIGN]
+        return (*found, *([] if self.second is None else [Step.NEAR]))
+
     def holds(self, step: Step, x: IntArray, y: IntArray) -> BoolArray:
         """Which pairs (p,) the step excludes; ``SPLIT`` and ``OUTSIDE`` are no tests."""
         found: BoolArray = np.zeros(len(x), dtype=np.bool_)
@@ -162,6 +186,7 @@ class PairTests:
             Step.STEEP: self._steep,
             Step.SIGN: self._sign,
             Step.NEAR: self._near,
+            Step.CLOSE: self._close,
         }[step]
         with np.errstate(all="ignore"):  # what is not finite excludes nothing
             for start in range(0, len(x), _PAIRS):
@@ -176,23 +201,39 @@ class PairTests:
     def _apart(self, x: IntArray, y: IntArray) -> BoolArray:
         a, b = self._pair(0, x, y)
         size = self.slack * sum(np.abs(v) for v in (*a.along, *b.along))
-        above = a.along[0] - b.along[1] > size
-        below = b.along[0] - a.along[1] > size
-        return np.asarray((above | below).any(axis=1))
+        above, below = a.along[0] - b.along[1], b.along[0] - a.along[1]
+        if self.output_tolerance:
+            size = size + self._reach(self.first.directions)
+            above, below = np.nextafter(above, -np.inf), np.nextafter(below, -np.inf)
+        return np.asarray(((above > size) | (below > size)).any(axis=1))
+
+    def _reach(self, rows: FloatArray) -> FloatArray:
+        """Upper bounds of ``|rows @ g|`` for ``|g| <= output_tolerance``; rows (..., k, m)."""
+        size = np.abs(rows).sum(axis=-1) * self.output_tolerance
+        return np.asarray(size * INFLATION + UNDERFLOW)
 
     def _steep(self, x: IntArray, y: IntArray) -> BoolArray:
         secants = self.first.secants(*self._pair(0, x, y))
         slopes = self.first.slopes(secants)
-        made = multiply(_inverse(slopes), slopes)
+        inverse = _inverse(slopes)
+        made = multiply(inverse, slopes)
         n = made.center.shape[1]
         rest = np.abs(np.eye(n) - made.center) + made.radius
         rest += 4.0 * UNIT * (1.0 + np.abs(made.center))
-        regular = rest.sum(axis=2).max(axis=1) * (1.0 + gamma(n)) < 1.0 - self.slack
+        most = rest.sum(axis=2).max(axis=1) * (1.0 + gamma(n))
+        regular = most < 1.0 - self.slack
         low, high = self._moved(made, x, y)
         size = self.slack * (np.abs(low) + np.abs(high))
+        if self.output_tolerance:  # |d| <= |C S d| / (1 - |I - C S|), in the maximum norm
+            reach = self._reach(inverse)
+            least = (1.0 - self.slack) * (1.0 - 16.0 * UNIT) * self.separation * (1.0 - most)
+            regular &= reach.max(axis=1) < least
+            size = size + reach
         return np.asarray(regular | ((low > size) | (high < -size)).any(axis=1))
 
     def _sign(self, x: IntArray, y: IntArray) -> BoolArray:
+        if self.output_tolerance:  # says that outputs differ, not by how much
+            return np.zeros(len(x), dtype=np.bool_)
         secants = self.first.secants(*self._pair(0, x, y))
         return self.first.one_sign(secants, _inverse(self.first.slopes(secants)))
 
@@ -205,6 +246,12 @@ class PairTests:
         least = np.fmax(low, np.nextafter(a.along[0] - b.along[1], -np.inf))
         limit = self.tolerance * (1.0 - self.slack)
         return np.asarray(((most < limit) & (least > -limit)).all(axis=1))
+
+    def _close(self, x: IntArray, y: IntArray) -> BoolArray:
+        tree = self.tree
+        one = np.nextafter(tree.upper[x] - tree.lower[y], np.inf)
+        two = np.nextafter(tree.upper[y] - tree.lower[x], np.inf)
+        return np.asarray(np.maximum(one, two).max(axis=1) < self.separation)
 
     def _moved(self, slopes: Slopes, x: IntArray, y: IntArray) -> tuple[FloatArray, FloatArray]:
         """Ends (p, m) of ``S d`` for d between points of the pairs."""

@@ -37,6 +37,7 @@ __all__ = ["RADIUS_FORMAT", "RadiusCertificate", "RadiusCheck", "RadiusClaim", "
 RADIUS_FORMAT = "torch_prepared.radius"
 _ARRAYS = ("lower", "upper", "directions", "steps")
 _CLAIM = ("center", "radius", "norm", "lower", "upper", "anchor", "tolerance")
+_ROBUST = ("output_tolerance", "separation")
 _PAIRS = 4096  # pairs between two looks at the clock
 
 
@@ -48,6 +49,9 @@ class RadiusClaim:
     of R have the same output; for two networks, no two x, y of R with the same output of the first
     have outputs of the second that differ by ``tolerance`` or more in some entry.
 
+    With an ``output_tolerance`` e > 0 outputs count as the same when no entry differs by more than
+    e; of one network, only inputs that differ by ``separation`` or more in some entry are meant.
+
     Args:
         center: c (n,), float64.
         radius: r > 0.
@@ -56,6 +60,8 @@ class RadiusClaim:
         upper: (n,), infinity likewise.
         anchor: a (n,) or None.
         tolerance: positive for two networks, else 0.
+        output_tolerance: e, in the unit of the (first) network's outputs.
+        separation: in the unit of the inputs; positive for one network and e > 0, else 0.
     """
 
     center: FloatArray
@@ -65,6 +71,8 @@ class RadiusClaim:
     upper: FloatArray
     anchor: FloatArray | None = None
     tolerance: float = 0.0
+    output_tolerance: float = 0.0
+    separation: float = 0.0
 
     def __post_init__(self) -> None:
         n = self.center.size
@@ -87,6 +95,14 @@ class RadiusClaim:
             )
         if not 0.0 <= self.tolerance < math.inf or (self.tolerance and self.anchor is not None):
             raise CertificateError(f"claim: tolerance {self.tolerance} does not fit")
+        apart = self.output_tolerance > 0.0 and not self.tolerance
+        good = 0.0 <= self.output_tolerance < math.inf and 0.0 <= self.separation < math.inf
+        if not good or (self.separation > 0.0) != apart:
+            raise CertificateError(
+                f"claim: got output tolerance {self.output_tolerance}, separation "
+                f"{self.separation}; expected finite numbers, and a separation above 0 exactly "
+                "for one network and a tolerance above 0"
+            )
 
     @property
     def kind(self) -> str:
@@ -104,20 +120,34 @@ class RadiusClaim:
             region = f"{self.norm:g}-norm distance < {self.radius!r} of {center}"
         if bool(np.isfinite(self.lower).any() or np.isfinite(self.upper).any()):
             region += f", from {_numbers(self.lower)} to {_numbers(self.upper)}"
+        near = f"within {self.output_tolerance!r} of each other"
         if self.anchor is not None:
             itself = bool((self.anchor == self.center).all())
             at = "the center" if itself else _numbers(self.anchor)
-            return f"no other input within {region} has the output of {at}"
-        if self.tolerance:
+            if not self.output_tolerance:
+                return f"no other input within {region} has the output of {at}"
             return (
-                f"inputs within {region} with equal outputs of the first network have outputs of "
-                f"the second that differ by less than {self.tolerance!r}"
+                f"no input within {region} that differs from {at} by at least "
+                f"{self.separation!r} has an output within {self.output_tolerance!r} of its output"
+            )
+        if self.tolerance:
+            same = "equal outputs of the first network"
+            if self.output_tolerance:
+                same = f"outputs of the first network {near}"
+            return (
+                f"inputs within {region} with {same} have outputs of the second that differ by "
+                f"less than {self.tolerance!r}"
+            )
+        if self.output_tolerance:
+            return (
+                f"inputs within {region} that differ by at least {self.separation!r} have no "
+                f"outputs {near}"
             )
         return f"different inputs within {region} have different outputs"
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON data."""
-        return {
+        data = {
             "center": encode_array(self.center + 0.0),
             "radius": float(self.radius),
             "norm": "inf" if self.norm == math.inf else float(self.norm),
@@ -126,11 +156,16 @@ class RadiusClaim:
             "anchor": None if self.anchor is None else encode_array(self.anchor + 0.0),
             "tolerance": float(self.tolerance),
         }
+        if self.output_tolerance:  # claims about equal outputs read as they did without it
+            data |= {name: float(getattr(self, name)) for name in _ROBUST}
+        return data
 
     @classmethod
     def from_json(cls, data: object, reader: ArrayReader) -> RadiusClaim:
         """Read data that is not trusted."""
-        center, radius, norm, lower, upper, anchor, tolerance = fields(data, _CLAIM, "claim")
+        robust = isinstance(data, Mapping) and any(name in data for name in _ROBUST)
+        names = _CLAIM + _ROBUST if robust else _CLAIM
+        center, radius, norm, lower, upper, anchor, tolerance, *more = fields(data, names, "claim")
         return cls(
             reader.read(center, "claim.center"),
             number(radius, "claim.radius"),
@@ -139,6 +174,7 @@ class RadiusClaim:
             reader.read(upper, "claim.upper"),
             None if anchor is None else reader.read(anchor, "claim.anchor"),
             number(tolerance, "claim.tolerance"),
+            *(number(value, f"claim.{name}") for name, value in zip(_ROBUST, more, strict=False)),
         )
 
 
@@ -262,7 +298,14 @@ def check_radius(
     done = 0
     if not reason:
         tree = BoxTree(certificate.lower, certificate.upper, claim.anchor)
-        tests = PairTests(tree, networks, certificate.directions, claim.tolerance)
+        tests = PairTests(
+            tree,
+            networks,
+            certificate.directions,
+            claim.tolerance,
+            output_tolerance=claim.output_tolerance,
+            separation=claim.separation,
+        )
         _fit(certificate, tests)
         done, reason = _replay(certificate, tree, tests, deadline)
     status = Verdict.UNKNOWN if reason else Verdict.CERTIFIED

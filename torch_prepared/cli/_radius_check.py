@@ -103,6 +103,8 @@ def run_radius_check(
         "norm": claim.norm,
         "center": claim.center,
         "tolerance": claim.tolerance,
+        "output_tolerance": claim.output_tolerance,
+        "separation": claim.separation,
         "pairs": check.pairs,
         "seconds": check.seconds,
         "reason": replay.reason,

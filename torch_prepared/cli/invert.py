@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from torch_prepared.cli._invert_outcome import distance_outcome, radius_outcome
 from torch_prepared.cli._number import Number
 from torch_prepared.cli._options import FILE, Settings, common_options
-from torch_prepared.cli._outcome import ExitCode, Outcome, finish
+from torch_prepared.cli._outcome import Outcome, finish
 from torch_prepared.cli._staging import staged_files
 
 if TYPE_CHECKING:
     from torch_prepared.core.graph import Graph
-    from torch_prepared.invert import Effort, RadiusBound
+    from torch_prepared.invert import CollisionBound, Effort, RadiusBound
+    from torch_prepared.specs import Box
 
 __all__ = ["InvertConfig", "command", "run_invert"]
 
@@ -38,7 +41,10 @@ class InvertConfig:
     norm: str = "inf"
     radius: float = 1.0
     separation: float = 1e-3
+    output_tolerance: float = 0.0
+    distance: bool = False
     method: str = "auto"
+    bounds: str = "crown"
     domain: tuple[float, float] | None = None
     time_limit: float | None = 60.0
     plot: Path | None = None
@@ -63,6 +69,8 @@ def run_invert(config: InvertConfig) -> Outcome:
         graph = load_network(config.model).graph
         center = _read_point(config.at, graph.input_size, "--at")
         effort = stack.enter_context(_effort(config))
+        if config.distance:
+            return distance_outcome(config, _ask_distance(config, graph, center, effort))
         answer = _ask(config, graph, center, effort)
         written = dict(zip(wanted, staged.paths, strict=True))
         kept: list[Path] = []
@@ -78,18 +86,14 @@ def run_invert(config: InvertConfig) -> Outcome:
             staged.commit()
         elif config.plot in kept and config.plot is not None:
             written[config.plot].replace(config.plot)
-    return _outcome(config, answer, kept)
+    return radius_outcome(config, answer, kept)
 
 
 def _ask(config: InvertConfig, graph: Graph, center: np.ndarray, effort: Effort) -> RadiusBound:
     from torch_prepared.cli._inputs import load_network
     from torch_prepared.invert import injectivity_radius, matching_radius, nearest_preimage
-    from torch_prepared.specs import Box
 
-    n = graph.input_size
-    domain = None
-    if config.domain is not None:
-        domain = Box(np.full(n, config.domain[0]), np.full(n, config.domain[1]))
+    domain = _domain(config, graph)
     if config.match is not None:
         return matching_radius(
             graph,
@@ -98,6 +102,7 @@ def _ask(config: InvertConfig, graph: Graph, center: np.ndarray, effort: Effort)
             r_max=config.radius,
             norm=config.norm,
             tolerance=config.separation,
+            output_tolerance=config.output_tolerance,
             domain=domain,
             effort=effort,
         )
@@ -108,6 +113,7 @@ def _ask(config: InvertConfig, graph: Graph, center: np.ndarray, effort: Effort)
             r_max=config.radius,
             norm=config.norm,
             separation=config.separation,
+            output_tolerance=config.output_tolerance,
             domain=domain,
             effort=effort,
         )
@@ -116,10 +122,49 @@ def _ask(config: InvertConfig, graph: Graph, center: np.ndarray, effort: Effort)
         center,
         r_max=config.radius,
         norm=config.norm,
-        of=None if config.of is None else _read_point(config.of, n, "--of"),
+        of=None if config.of is None else _read_point(config.of, graph.input_size, "--of"),
         domain=domain,
         separation=config.separation,
+        output_tolerance=config.output_tolerance,
         method=config.method,
+        effort=effort,
+    )
+
+
+def _domain(config: InvertConfig, graph: Graph) -> Box | None:
+    from torch_prepared.specs import Box
+
+    if config.domain is None:
+        return None
+    low, high = (np.full(graph.input_size, end) for end in config.domain)
+    return Box(low, high)
+
+
+def _ask_distance(
+    config: InvertConfig, graph: Graph, center: np.ndarray, effort: Effort
+) -> CollisionBound:
+    from torch_prepared.cli._inputs import load_network
+    from torch_prepared.invert import max_collision, max_mismatch
+
+    if config.match is not None:
+        return max_mismatch(
+            graph,
+            load_network(config.match).graph,
+            center,
+            config.radius,
+            norm=config.norm,
+            output_tolerance=config.output_tolerance,
+            domain=_domain(config, graph),
+            effort=effort,
+        )
+    return max_collision(
+        graph,
+        center,
+        config.radius,
+        norm=config.norm,
+        anchor=config.problem == "preimage",
+        output_tolerance=config.output_tolerance,
+        domain=_domain(config, graph),
         effort=effort,
     )
 
@@ -164,60 +209,11 @@ def _effort(config: InvertConfig) -> Iterator[Effort]:
         yield Effort(
             time_limit=config.time_limit,
             threads=settings.threads,
+            bounds=config.bounds,
             seed=settings.seed,
             progress=show if settings.progress else None,
+            stop=threading.Event(),  # Ctrl-C then leaves the bounds found so far
         )
-
-
-def _outcome(config: InvertConfig, answer: RadiusBound, kept: list[Path]) -> Outcome:
-    witness = None
-    if answer.witness is not None:
-        x, y = answer.witness.floats
-        witness = {"x": x, "y": y, "distance": answer.witness.distance(answer.norm)}
-    proved = answer.evidence.value in ("certified", "interval")
-    if answer.witness is not None or answer.upper == 0.0:
-        code = ExitCode.REFUTED
-    elif answer.outcome.value == "excluded" and proved:
-        code = ExitCode.PROVED
-    else:
-        code = ExitCode.UNKNOWN
-    data = {
-        "status": answer.outcome,
-        "problem": "matching" if config.match is not None else config.problem,
-        "norm": config.norm,
-        "lower": answer.lower,
-        "upper": answer.upper,
-        "proved": answer.proved,
-        "evidence": answer.evidence,
-        "separation": answer.separation,
-        "witness": witness,
-        "integers": answer.integers,
-        "seconds": answer.seconds,
-        "message": answer.message,
-        "steps": answer.steps,
-        "written": kept,
-    }
-    return Outcome(code, data, _describe(answer, kept))
-
-
-def _describe(answer: RadiusBound, kept: list[Path]) -> str:
-    top = f"{answer.upper:.8g}" if math.isfinite(answer.upper) else "none found"
-    lines = [
-        f"{answer.outcome.value.upper()} in {answer.seconds:.1f} s: {answer.message}",
-        f"  no collision  within {answer.lower:.8g}, {answer.evidence.value}"
-        + (f", for pairs at least {answer.separation:g} apart" if answer.separation else ""),
-        f"  proved        within {answer.proved:.8g}, without trust in a solver",
-        f"  collision     at {top}",
-    ]
-    if answer.witness is not None:
-        for name, point in zip("xy", answer.witness.floats, strict=True):
-            numbers = ", ".join(f"{v:.17g}" for v in point[:8])
-            more = ", ..." if len(point) > 8 else ""
-            lines.append(f"    {name} = [{numbers}{more}]")
-    lines += [f"  {step}" for step in answer.steps]
-    if kept:
-        lines.append(f"  written       {', '.join(map(str, kept))}")
-    return "\n".join(lines)
 
 
 @click.command("invert")
@@ -247,7 +243,27 @@ def _describe(answer: RadiusBound, kept: list[Path]) -> str:
     show_default=True,
     help="Closer pairs are not excluded by claims (--match: in output units).",
 )
+@click.option(
+    "--output-tolerance",
+    type=Number(0),
+    default=0.0,
+    show_default=True,
+    help="Outputs that differ by no more count as the same, of inputs --separation apart.",
+)
+@click.option(
+    "--distance",
+    is_flag=True,
+    help="In place of a radius: how far apart colliding inputs within --radius can be (--match: "
+    "the other network's outputs at them).",
+)
 @click.option("--method", type=click.Choice(["auto", "milp", "split"]), default="auto")
+@click.option(
+    "--bounds",
+    type=click.Choice(["crown", "ibp", "obbt"]),
+    default="crown",
+    show_default=True,
+    help="Constants of integer programs; obbt takes longer, for hard nearest inputs.",
+)
 @click.option("--domain", help="LO,HI: inputs outside of this range do not count.")
 @click.option("--time-limit", type=Number(0, min_open=True), default=60.0, show_default=True)
 @click.option("--plot", type=FILE, help="Write a picture (.png).")
@@ -263,7 +279,10 @@ def command(
     norm: str,
     radius: float,
     separation: float,
+    output_tolerance: float,
+    distance: bool,
     method: str,
+    bounds: str,
     domain: str | None,
     time_limit: float,
     plot: Path | None,
@@ -275,12 +294,17 @@ def command(
     different inputs have exactly the same output.
 
     Exit codes: 0 proved that nothing collides up to --radius, 10 a collision was found (the
-    radius lies between the two numbers), 20 neither: time over, or a solver's claim only.
+    radius lies between the two numbers), 20 neither: time over, or a solver's claim only. Ctrl-C
+    ends the search with the bounds found so far, and exit code 130.
     """
     if match is not None and (of is not None or problem != "preimage" or method != "auto"):
         raise click.UsageError("--match: cannot be combined with --of, --problem or --method")
     if problem == "injectivity" and (of is not None or method != "auto"):
         raise click.UsageError("--problem injectivity: cannot be combined with --of or --method")
+    if distance and (of is not None or method != "auto" or plot is not None or certificate):
+        raise click.UsageError(
+            "--distance: cannot be combined with --of, --method, --plot or --certificate"
+        )
     config = InvertConfig(
         model=model,
         at=at,
@@ -290,7 +314,10 @@ def command(
         norm=norm,
         radius=radius,
         separation=separation,
+        output_tolerance=output_tolerance,
+        distance=distance,
         method=method,
+        bounds=bounds,
         domain=None if domain is None else _read_domain(domain),
         time_limit=time_limit,
         plot=plot,

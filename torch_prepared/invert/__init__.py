@@ -3,7 +3,7 @@
 from torch_prepared.invert._network import PiecewiseNetwork
 from torch_prepared.invert._result import CollisionBound, Evidence, Outcome, Pair, RadiusBound
 from torch_prepared.invert._solve import Effort
-from torch_prepared.invert.collision import max_collision
+from torch_prepared.invert.collision import max_collision, max_mismatch
 from torch_prepared.invert.dynamics import (
     Preimages,
     RadiusMap,
@@ -32,5 +32,6 @@ __all__ = [
     "map_radii",
     "matching_radius",
     "max_collision",
+    "max_mismatch",
     "nearest_preimage",
 ]

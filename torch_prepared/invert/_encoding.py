@@ -136,12 +136,15 @@ class Switches:
         index: (k,) positions in the node's input (relu) or output (max_pool).
         columns: (k,) the integer columns ``t``.
         choices: for max_pool the flat input position of each switch; None for relu.
+        active: for relu the positions that are surely not below 0; the others that are not in
+            ``index`` are surely not above.
     """
 
     node: str
     index: Integers
     columns: Integers
     choices: Integers | None = None
+    active: Integers = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def _relu(
         ),
         shape=(node.size, program.columns),
     )
-    return Affine(matrix, np.zeros(node.size)), Switches(node.name, unstable, t)
+    return Affine(matrix, np.zeros(node.size)), Switches(node.name, unstable, t, active=active)
 
 
 def _max_pool(

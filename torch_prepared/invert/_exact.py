@@ -24,7 +24,16 @@ from torch_prepared.invert._network import PiecewiseNetwork
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.relax.pool import pool_windows
 
-__all__ = ["Cell", "Rationals", "correct_pair", "jacobian", "linear_cell", "norm_above"]
+__all__ = [
+    "Cell",
+    "Rationals",
+    "correct_pair",
+    "excess",
+    "jacobian",
+    "largest_below",
+    "linear_cell",
+    "norm_above",
+]
 
 Rationals = npt.NDArray[np.object_]
 """Array of ``Fraction``."""
@@ -46,6 +55,20 @@ def norm_above(offset: Rationals, p: float) -> float:
     while Fraction(root) ** 2 < square:
         root = math.nextafter(root, math.inf)
     return root
+
+
+def largest_below(offset: Rationals) -> float:
+    """The maximum norm of ``offset`` (n,), rounded down."""
+    value = max(abs(Fraction(v)) for v in offset)
+    near = float(value)
+    return near if Fraction(near) <= value else math.nextafter(near, 0.0)
+
+
+def excess(gap: Rationals, within: float) -> Rationals:
+    """By how much the entries of ``gap`` (m,) are outside of ``[-within, within]``, signed."""
+    limit = Fraction(within)
+    inside = np.array([min(max(v, -limit), limit) for v in gap], dtype=object)
+    return np.asarray(gap - inside)
 
 
 def _float_above(value: Fraction) -> float:
@@ -84,6 +107,7 @@ def correct_pair(
     move_both: bool = False,
     attempts: int = 3,
     movable: npt.NDArray[np.bool_] | None = None,
+    within: float = 0.0,
 ) -> tuple[Rationals, Rationals] | None:
     """Rational points near ``x`` and ``y`` with exactly equal outputs, or None.
 
@@ -94,15 +118,19 @@ def correct_pair(
         move_both: move ``y`` too; needed where ``x`` alone has too few unknowns.
         attempts: linear solves in rational arithmetic, each from where the last one led.
         movable: (n,) coordinates that may change; all when None.
+        within: outputs may differ by so much in every entry.
 
     Soundness: the pair returned was evaluated exactly on the stored weights, and its points differ.
     """
     free = np.ones(len(x), dtype=bool) if movable is None else movable
-    x = _newton(net, x, net.values(y[None])[0], free)
+    target = net.values(y[None])[0]
+    if within:
+        target = target + np.clip(net.values(x[None])[0] - target, -within, within)
+    x = _newton(net, x, target, free)
     for attempt in range(attempts):
         left, right = to_fractions(x), to_fractions(y)
         value = evaluate_exactly(net.record, left)
-        residual = value - evaluate_exactly(net.record, right)
+        residual = excess(value - evaluate_exactly(net.record, right), within)
         if not any(residual):
             return (left, right) if any(left - right) else None
         slopes = jacobian(net, np.stack([x, y])) * free
@@ -122,8 +150,8 @@ def correct_pair(
             continue
         left[own] += shift[: len(own)]
         right[other] += shift[len(own) :]
-        equal = evaluate_exactly(net.record, left) == evaluate_exactly(net.record, right)
-        if bool(np.all(equal)):
+        gap = evaluate_exactly(net.record, left) - evaluate_exactly(net.record, right)
+        if not any(excess(gap, within)):
             return (left, right) if any(left - right) else None
         x, y = left.astype(np.float64), right.astype(np.float64)
     return None

@@ -26,6 +26,7 @@ class Findings:
         separation: least distance of the pairs that claims are about.
         distance: the distance that ``separation`` is about.
         deadline: the clock of the whole question; starts now when None.
+        output_tolerance: outputs that differ by no more count as the same.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Findings:
         separation: float,
         distance: Reach,
         deadline: Deadline | None = None,
+        output_tolerance: float = 0.0,
     ) -> None:
         self.ball = ball
-        self.deadline = deadline or Deadline(effort.time_limit)
+        self.deadline = deadline or effort.deadline()
         self.lower = 0.0
         self.proved = 0.0
         self.upper = math.inf
@@ -47,6 +49,7 @@ class Findings:
         self.integers = 0
         self.steps: list[str] = []
         self.effort = effort
+        self.output_tolerance = output_tolerance
         self._reach = reach
         self._distance = distance
         self._separation = separation
@@ -123,6 +126,7 @@ class Findings:
             Outcome.SOLVED: "the bounds agree within the tolerances",
             Outcome.OPEN: "time over" if self.deadline.over else "not decided",
         }
+        stopped = outcome is Outcome.OPEN and self.effort.stopped
         return RadiusBound(
             self.lower,
             self.proved,
@@ -135,8 +139,10 @@ class Findings:
             self.certified,
             self.integers,
             self.deadline.elapsed,
-            message or texts[outcome],
+            message or ("interrupted" if stopped else texts[outcome]),
             tuple(self.steps),
+            self.output_tolerance,
+            stopped,
         )
 
     def zero(self, pair: Pair | None, message: str) -> RadiusBound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch_prepared.core.rows import Floats
 from torch_prepared.errors import ModelFormatError, SpecError, UnsupportedOperationError
 from torch_prepared.relax import evaluate_graph, lookup
 
-__all__ = ["Network", "PiecewiseNetwork", "PointLike", "as_point"]
+__all__ = ["Network", "PiecewiseNetwork", "PointLike", "as_point", "check_tolerance"]
 
 PointLike = Tensor | np.ndarray | Sequence[float]
 Network = nn.Module | OnnxNetwork | Graph | str | Path
@@ -95,6 +96,19 @@ def as_point(values: PointLike, where: str = "center") -> Floats:
     if not point.size or not bool(np.isfinite(point).all()):
         raise SpecError(f"{where}: got no numbers, NaN or infinity; expected a finite point")
     return point
+
+
+def check_tolerance(output_tolerance: float) -> float:
+    """The largest difference of outputs that count as the same; 0 for exactly equal ones.
+
+    Raises:
+        SpecError: negative, NaN or infinite.
+    """
+    if not 0.0 <= output_tolerance < math.inf:
+        raise SpecError(
+            f"output_tolerance: got {output_tolerance}; expected a finite number of at least 0"
+        )
+    return float(output_tolerance)
 
 
 def _read(network: Network, size: int) -> Graph:

@@ -20,12 +20,24 @@ from torch_prepared.errors import SolverError
 from torch_prepared.invert._ball import Ball
 from torch_prepared.invert._encoding import Affine, Copy, Integers, Program, encode_copy
 from torch_prepared.invert._network import PiecewiseNetwork
-from torch_prepared.invert._solve import Answer, Effort, Progress, bound_network, minimize
+from torch_prepared.invert._solve import Answer, Effort, Progress, bound_network, minimize, polish
+from torch_prepared.invert._tighten import Target, tighten_boxes
 
-__all__ = ["Draft", "encode", "exclude_pattern", "minimize_radius", "separate", "start"]
+__all__ = [
+    "Draft",
+    "agree",
+    "encode",
+    "exclude_pattern",
+    "minimize_radius",
+    "separate",
+    "start",
+]
 
 _ROUNDS = 24
+_TIGHTEN = 0.25  #: share of the time left that tightening bounds may take
 _ON_BALL = 1e-6
+_CLEAR = 1e-6  #: by how much witnesses keep clear of the edges of what is allowed, relatively
+_FEASIBLE = 3e-7  #: the same absolutely, above the tolerance of linear programs
 
 
 @dataclass
@@ -39,6 +51,8 @@ class Draft:
         points: input columns (n,) of every point.
         copies: evaluations of networks.
         columns: further columns by name.
+        narrow: bounds of columns that are solved with again for a witness, which solver tolerances
+            then do not push over the edge of what is allowed.
     """
 
     program: Program
@@ -47,6 +61,7 @@ class Draft:
     points: list[Integers] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     columns: dict[str, int] = field(default_factory=dict)
+    narrow: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def integers(self) -> int:
@@ -70,9 +85,22 @@ def start(ball: Ball, points: int, least: float = 0.0) -> Draft:
     return draft
 
 
-def encode(draft: Draft, net: PiecewiseNetwork, effort: Effort) -> list[Affine]:
-    """Evaluate ``net`` at every point of the draft; bounds over the ball are shared."""
+def encode(
+    draft: Draft,
+    net: PiecewiseNetwork,
+    effort: Effort,
+    deadline: Deadline,
+    target: Target | None = None,
+) -> list[Affine]:
+    """Evaluate ``net`` at every point of the draft; bounds over the ball are shared.
+
+    ``target`` is the output at every point, where that is known; the rows for it are the caller's.
+    Bounds may be tightened by it, until a share of the deadline.
+    """
     boxes = bound_network(net, draft.ball, effort.bounds)
+    if effort.bounds == "obbt" and target is not None:  # without a target it does not pay
+        share = deadline.share(_TIGHTEN)
+        boxes = tighten_boxes(net, draft.ball, boxes, effort, share, target)
     outputs = []
     for columns in draft.points:
         tag = f"copy{len(draft.copies)}"
@@ -82,7 +110,28 @@ def encode(draft: Draft, net: PiecewiseNetwork, effort: Effort) -> list[Affine]:
     return outputs
 
 
-def separate(draft: Draft, gaps: Affine, least: float, most: Floats) -> None:
+def agree(draft: Draft, gap: Affine, within: float) -> None:
+    """No entry of ``gap`` (m,) is larger than ``within`` in magnitude."""
+    program = draft.program
+    if within == 0.0:
+        program.equal(gap)
+        return
+    inner = max(0.0, within - max(_CLEAR * within, _FEASIBLE))
+    edge = _constant(draft, within, inner)
+    both = gap.both_signs()
+    program.at_least(program.pick(np.repeat(edge, both.size)) - both)
+
+
+def _constant(draft: Draft, value: float, clear: float) -> Integers:
+    """A column of one value, and of another one where a witness is polished."""
+    column = draft.program.add(f"constant{len(draft.narrow)}", np.full(1, value), np.full(1, value))
+    draft.narrow[int(column[0])] = (clear, clear)
+    return column
+
+
+def separate(
+    draft: Draft, gaps: Affine, least: float, most: Floats, *, clear: bool = False
+) -> None:
     """Some entry of ``gaps`` (k,) is at least ``least``.
 
     Args:
@@ -91,8 +140,14 @@ def separate(draft: Draft, gaps: Affine, least: float, most: Floats) -> None:
             positive sign loses nothing.
         least: positive.
         most: (k,) bounds of ``|gaps|``.
+        clear: witnesses keep clear of ``least``.
     """
     program = draft.program
+    if clear:
+        farther = least + max(_CLEAR * least, _FEASIBLE)
+        edge = _constant(draft, least, farther)
+        gaps = gaps - program.pick(np.repeat(edge, gaps.size))
+        least, most = 0.0, most + farther
     if gaps.size == 1:
         program.at_least(gaps, least)
         return
@@ -106,15 +161,24 @@ def separate(draft: Draft, gaps: Affine, least: float, most: Floats) -> None:
 def exclude_pattern(draft: Draft, copy: Copy, pattern: Mapping[str, NDArray[np.int64]]) -> None:
     """Some switch differs from ``pattern`` (see ``preimage.phases``).
 
-    Without any unstable switch there is no other pattern, and the program becomes infeasible.
+    Without any unstable switch there is no other pattern, and the program becomes infeasible. A
+    pattern that no point of the region has, by switches that are settled, excludes nothing.
     """
     columns, signs = [], []
     for found in copy.switches:
-        here = pattern[found.node][found.index]
-        on = here > 0 if found.choices is None else here == found.choices
-        keep = np.ones(len(on), dtype=bool) if found.choices is None else on
-        columns.append(found.columns[keep])
-        signs.append(np.where(on[keep], -1.0, 1.0))
+        here = pattern[found.node]
+        if found.choices is None:
+            settled = np.delete(np.arange(len(here)), found.index)
+            if not np.array_equal(here[settled] > 0, np.isin(settled, found.active)):
+                return
+            columns.append(found.columns)
+            signs.append(np.where(here[found.index] > 0, -1.0, 1.0))
+        else:
+            keep = here[found.index] == found.choices
+            if keep.sum() < len(here):
+                return
+            columns.append(found.columns[keep])
+            signs.append(np.full(int(keep.sum()), -1.0))
     sign = np.concatenate([np.empty(0), *signs])
     row = draft.program.rows.ge(np.array([1.0 - (sign < 0).sum()]))
     draft.program.rows.add(row, np.concatenate([np.empty(0, np.int64), *columns]), sign)
@@ -145,6 +209,8 @@ def minimize_radius(
     best, seconds = -np.inf, 0.0
     message, answer = "time over", Answer(-np.inf, None, False, 0.0, "time over")
     for _ in range(_ROUNDS):
+        if deadline.over:
+            return Answer(best, answer.point, False, seconds, "time over")
         try:
             draft = build(ball)
         except SolverError as error:
@@ -155,6 +221,9 @@ def minimize_radius(
             return Answer(best, None, answer.finished, seconds, message)
         points = [answer.point[columns] for columns in draft.points]
         listen(best, points)
+        if draft.narrow and answer.problem is not None:
+            clear = polish(answer.problem, answer.point, effort, draft.narrow)
+            listen(best, [clear[columns] for columns in draft.points])
         reach = float(answer.point[draft.reach])
         outside = [p for p in points if ball.length(p) > reach + _ON_BALL * max(1.0, reach)]
         if not answer.finished or not outside:

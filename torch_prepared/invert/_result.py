@@ -35,7 +35,9 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two different inputs with exactly the same output, in rational arithmetic.
+    """Two different inputs with the same output, in rational arithmetic.
+
+    Exactly the same; where an output tolerance was given, outputs that differ by no more.
 
     Attributes:
         x: (n,) fractions.
@@ -72,14 +74,19 @@ class Certified:
 class CollisionBound:
     """Largest distance of two colliding inputs of a ball: ``lower <= p* <= upper``.
 
+    Of :func:`max_mismatch`: largest difference of a second network's outputs at two inputs that
+    collide in the first.
+
     Attributes:
-        lower: maximum norm of ``x - y`` for the witness; 0 without one.
+        lower: that distance (maximum norm) for the witness, rounded down; 0 without one.
         upper: dual bound of the solver plus its tolerance.
         witness: an exact pair within the ball, or None.
         outcome: ``SOLVED`` when both agree within the solver's gap.
         integers: integer columns of the largest program.
         seconds: wall time.
         message: one line for people.
+        output_tolerance: outputs that differ by no more count as the same.
+        interrupted: whether ``Effort.stop`` ended it.
     """
 
     lower: float
@@ -89,6 +96,8 @@ class CollisionBound:
     integers: int
     seconds: float
     message: str
+    output_tolerance: float = 0.0
+    interrupted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +109,8 @@ class RadiusBound:
             stated ``evidence``.
         proved: the largest such radius that needs no trust in a solver (``CERTIFIED``, or
             ``INTERVAL``), for pairs at any distance (for matching: whose outputs of the second
-            network differ by the tolerance); at most ``lower``.
+            network differ by the tolerance; with an output tolerance: at least the separation
+            apart); at most ``lower``.
         upper: radius of the smallest ball that holds the witness, rounded up; inf without one; 0
             where every ball holds a collision.
         evidence: what ``lower`` rests on.
@@ -114,6 +124,8 @@ class RadiusBound:
         seconds: wall time.
         message: one line for people.
         steps: what was done, in order, for people.
+        output_tolerance: outputs that differ by no more (maximum norm) count as the same.
+        interrupted: whether ``Effort.stop`` ended it.
     """
 
     lower: float
@@ -129,6 +141,8 @@ class RadiusBound:
     seconds: float
     message: str
     steps: tuple[str, ...] = field(default=())
+    output_tolerance: float = 0.0
+    interrupted: bool = False
 
     @property
     def gap(self) -> float:

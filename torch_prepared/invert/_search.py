@@ -162,10 +162,12 @@ def best_pair(
     only_first: bool = False,
     *,
     move_both: bool = False,
+    within: float = 0.0,
 ) -> Pair | None:
     """The first of a few candidates that becomes an exact collision inside the ball.
 
-    With ``only_first`` the second point may lie anywhere.
+    With ``only_first`` the second point may lie anywhere; ``within`` is how much outputs may differ
+    by.
     """
     low, high = ball.region.lower.numpy(), ball.region.upper.numpy()
     margin = _EDGE * ball.radius
@@ -174,7 +176,7 @@ def best_pair(
             return None
         inner = (x > low + margin) & (x < high - margin)
         for movable in (None,) if bool(inner.all()) else (inner, None):
-            found = correct_pair(net, x, y, move_both=move_both, movable=movable)
+            found = correct_pair(net, x, y, move_both=move_both, movable=movable, within=within)
             if found is None:
                 continue
             pair = Pair(*found)

@@ -9,8 +9,11 @@ but is no proof: such bounds are called *claimed*.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,14 +24,14 @@ from torch_prepared.core.interval import Interval
 from torch_prepared.core.rows import Floats
 from torch_prepared.errors import SpecError
 from torch_prepared.invert._ball import Ball
-from torch_prepared.invert._encoding import Integers, Program
+from torch_prepared.invert._encoding import Program
 from torch_prepared.invert._network import PiecewiseNetwork
 from torch_prepared.solvers import HighsSolver, LinearProgram, Status, solve
 
 __all__ = ["TOLERANCE", "Answer", "Effort", "bound_network", "minimize", "polish"]
 
 TOLERANCE = 1e-6
-_BOUNDS = ("crown", "ibp")
+_BOUNDS = ("crown", "ibp", "obbt")
 Progress = Callable[[float, float], None]
 
 
@@ -40,10 +43,14 @@ class Effort:
         time_limit: wall seconds for the whole question; None for no limit. Both bounds hold
             whenever it ends.
         threads: of the solver; None leaves its default.
-        bounds: ``"crown"`` or ``"ibp"``, what the constants of the switches come from.
+        bounds: what the constants of the switches come from: ``"crown"``, ``"ibp"``, or ``"obbt"``,
+            linear programs on top of CROWN where the output is known (see ``_tighten``), which
+            pays for preimages where branch and bound takes longer than seconds.
         mip_gap: relative gap at which branch and bound stops.
         seed: of the search for witnesses.
         progress: called with (lower, upper) of the radius whenever one is known better.
+        stop: once set, and Ctrl-C sets it, the question ends as if its time were over, with the
+            bounds found so far. None leaves ``KeyboardInterrupt`` to the caller.
 
     Raises:
         SpecError: a limit that is not positive, or unknown bounds.
@@ -55,6 +62,7 @@ class Effort:
     mip_gap: float = 1e-4
     seed: int = 0
     progress: Progress | None = None
+    stop: threading.Event | None = None
 
     def __post_init__(self) -> None:
         if self.time_limit is not None and not self.time_limit > 0:
@@ -62,7 +70,7 @@ class Effort:
         if self.threads is not None and self.threads < 1:
             raise SpecError(f"threads: got {self.threads}; expected at least 1 or None")
         if self.bounds not in _BOUNDS:
-            raise SpecError(f"bounds: got {self.bounds!r}; expected {' or '.join(_BOUNDS)}")
+            raise SpecError(f"bounds: got {self.bounds!r}; expected one of {', '.join(_BOUNDS)}")
         if not 0 <= self.mip_gap < 1:
             raise SpecError(f"mip_gap: got {self.mip_gap}; expected at least 0 and below 1")
 
@@ -70,6 +78,55 @@ class Effort:
         """Pass bounds on to whoever listens."""
         if self.progress is not None:
             self.progress(lower, upper)
+
+    def deadline(self) -> Deadline:
+        """The clock of a question that begins now."""
+        if self.stop is None:
+            return Deadline(self.time_limit)
+        return StoppableDeadline(self.time_limit, stop=self.stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the question was stopped."""
+        return self.stop is not None and self.stop.is_set()
+
+    def until_stopped(self) -> UntilStopped:
+        """Take Ctrl-C in a block for ``stop``, if there is one."""
+        return UntilStopped(self.stop)
+
+
+class UntilStopped:
+    """A block that Ctrl-C leaves by setting ``stop``; who asks twice does not want to wait."""
+
+    def __init__(self, stop: threading.Event | None) -> None:
+        self._stop = stop
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        if not isinstance(error, KeyboardInterrupt) or self._stop is None or self._stop.is_set():
+            return False
+        self._stop.set()
+        return True
+
+
+@dataclass(frozen=True)
+class StoppableDeadline(Deadline):
+    """A deadline that has come, too, once ``stop`` is set."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def left(self) -> float:
+        """Seconds left; 0 once stopped."""
+        return 0.0 if self.stop.is_set() else super().left
+
+    def share(self, part: float) -> Deadline:
+        """A deadline after ``part`` of what is left, stopped by the same event."""
+        return StoppableDeadline(None if self.seconds is None else self.left * part, stop=self.stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +154,7 @@ def bound_network(net: PiecewiseNetwork, ball: Ball, bounds: str) -> dict[str, I
     """Intervals (1, *shape) of every node's value over the ball."""
     with torch.no_grad():
         regions = RegionBatch.of([ball.region])
-        return bound_nodes(net.graph, regions, tighten=bounds == "crown")
+        return bound_nodes(net.graph, regions, tighten=bounds != "ibp")
 
 
 def minimize(
@@ -111,7 +168,8 @@ def minimize(
 ) -> Answer:
     """Minimize ``sign * column`` (so -1 maximizes it; ``bound`` is then of the negative).
 
-    A failure of the solver is an answer whose bound is ``-inf``.
+    A failure of the solver is an answer whose bound is ``-inf``; one that was stopped has the bound
+    that the solver last told.
     """
     if deadline.over:
         return Answer(-np.inf, None, False, 0.0, "time over")
@@ -124,9 +182,22 @@ def minimize(
         program.unknowns.upper,
         program.integer,
     )
-    solver = HighsSolver(find_ray=False, mip_gap=effort.mip_gap, progress=listen)
+    told = [-np.inf]
+
+    def hear(bound: float, best: float) -> None:
+        told[0] = max(told[0], bound) if math.isfinite(bound) else told[0]
+        if listen is not None:
+            listen(bound, best)
+
+    heard = None if listen is None and effort.stop is None else hear
+    solver = HighsSolver(find_ray=False, mip_gap=effort.mip_gap, progress=heard)
     limit = None if deadline.seconds is None else deadline.left
-    found = solve(problem, solver, time_limit=limit, threads=effort.threads)
+    began, found = time.monotonic(), None
+    with effort.until_stopped():
+        found = solve(problem, solver, time_limit=limit, threads=effort.threads)
+    if found is None:
+        bound = told[0] - TOLERANCE * max(1.0, abs(told[0]))
+        return Answer(bound, None, False, time.monotonic() - began, "interrupted")
     if found.status is Status.INFEASIBLE:
         return Answer(np.inf, None, True, found.seconds, found.message)
     bound = -np.inf
@@ -144,18 +215,18 @@ def polish(
     problem: LinearProgram,
     point: Floats,
     effort: Effort,
-    narrow: tuple[Integers, float] | None = None,
+    narrow: Mapping[int, tuple[float, float]] | None = None,
 ) -> Floats:
     """The continuous part solved again with the integers fixed; ``point`` where that fails.
 
-    ``narrow`` lowers the upper bound of some columns to a value first.
+    ``narrow`` holds other bounds of some columns.
     """
     lower, upper = problem.lower.copy(), problem.upper.copy()
     if problem.integer is not None:
         whole = np.round(point[problem.integer])
         lower[problem.integer] = upper[problem.integer] = whole
-    if narrow is not None:
-        upper[narrow[0]] = np.minimum(upper[narrow[0]], narrow[1])
+    for column, (low, high) in (narrow or {}).items():
+        lower[column], upper[column] = low, high
     if not bool((lower <= upper).all()):
         return point
     fixed = replace(problem, lower=lower, upper=upper, integer=None)

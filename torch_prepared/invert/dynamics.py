@@ -133,7 +133,7 @@ def list_preimages(
     ball = Ball(middle, r_max, as_norm(norm), domain)
     if not 0 < most <= _MOST:
         raise SpecError(f"most: got {most}; expected 1 to {_MOST}")
-    deadline = Deadline(effort.time_limit)
+    deadline = effort.deadline()
     target = evaluate_exactly(net.record, goal).astype(np.float64)
     found = _search_all(net, goal, target, ball, most, effort, deadline)
     patterns = [phases(net, goal), *(phases(net, pair.x) for pair in found)]
@@ -182,7 +182,7 @@ def _next(
 
     def build(around: Ball) -> Draft:
         draft = start(around, 1)
-        (output,) = encode(draft, net, effort)
+        (output,) = encode(draft, net, effort, deadline, (target, 0.0))
         draft.program.equal(output, target)
         for pattern in patterns:
             exclude_pattern(draft, draft.copies[0], pattern)
@@ -258,7 +258,7 @@ def map_radii(
         progress: called with (done, k).
     """
     effort = effort or Effort()
-    deadline = Deadline(effort.time_limit)
+    deadline = effort.deadline()
     results: list[RadiusBound] = []
     for position, center in enumerate(centers):
         if deadline.over:

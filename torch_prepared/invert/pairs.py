@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from torch_prepared.invert._network import PiecewiseNetwork
 from torch_prepared.invert._result import Certified, Evidence, Pair
 from torch_prepared.invert._search import best_pair, collide_near, find_collisions
 
-__all__ = ["certify_radius"]
+__all__ = ["Aim", "certify_radius"]
 
 _BATCH = 512  #: pairs tested at once
 _MOST_PAIRS = 4_000_000
@@ -45,18 +46,32 @@ _SLACK = 1e-9  #: what search asks for beyond what the checker does, relatively
 _ZOOMS = (1e-1, 1e-2, 1e-3, 1e-4)  #: radii of balls in which folds are looked for, relatively
 _CANDIDATES = 3  #: exact attempts of each kind
 _BISECTIONS = 12
-_TESTS = (Step.APART, Step.STEEP, Step.SIGN, Step.NEAR)
+_LAST_REPLAY = 5.0  #: seconds that a replay may take once the question was stopped
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """Which pairs are excluded, and which count as collisions.
+
+    Attributes:
+        anchor: (n,) the one point whose output is to be avoided, or None for any two.
+        tolerance: positive for two networks.
+        output_tolerance: outputs of the first network that differ by no more count as equal.
+        separation: with it and one network, the least distance of pairs that count.
+        accept: which exact collisions of the first network count.
+        promising: the same, roughly, of points in float64.
+    """
+
+    anchor: Floats | None = None
+    tolerance: float = 0.0
+    output_tolerance: float = 0.0
+    separation: float = 0.0
+    accept: Callable[[Pair], bool] = lambda pair: True
+    promising: Callable[[Floats, Floats], bool] = lambda x, y: True
 
 
 def certify_radius(
-    found: Findings,
-    networks: Sequence[PiecewiseNetwork],
-    deadline: Deadline,
-    *,
-    anchor: Floats | None = None,
-    tolerance: float = 0.0,
-    accept: Callable[[Pair], bool] = lambda pair: True,
-    promising: Callable[[Floats, Floats], bool] = lambda x, y: True,
+    found: Findings, networks: Sequence[PiecewiseNetwork], deadline: Deadline, aim: Aim
 ) -> None:
     """Prove as large a radius as the time allows; collisions met on the way are offered.
 
@@ -64,17 +79,14 @@ def certify_radius(
         found: receives collisions, the radius and its certificate.
         networks: one, or two for matching.
         deadline: when to stop; the certificate of what is known then is replayed by then, roughly.
-        anchor: (n,) the one point whose output is to be avoided, or None for any two.
-        tolerance: positive for two networks.
-        accept: which exact collisions of the first network count.
-        promising: the same, roughly, of points in float64.
+        aim: what is asked.
     """
     try:
-        question = _Question(found, networks, deadline, anchor, tolerance, accept, promising)
+        question = _Question(found, networks, deadline, aim)
     except (CertificateError, UnsupportedOperationError):  # an activation that is not convex
         return
     n = networks[0].input_size
-    if n <= (_MOST_SPLIT if anchor is None else _MOST_ANCHORED):
+    if n <= (_MOST_SPLIT if aim.anchor is None else _MOST_ANCHORED):
         question.split()
     else:
         question.bisect()
@@ -123,15 +135,11 @@ class _Question:
         found: Findings,
         networks: Sequence[PiecewiseNetwork],
         deadline: Deadline,
-        anchor: Floats | None,
-        tolerance: float,
-        accept: Callable[[Pair], bool],
-        promising: Callable[[Floats, Floats], bool],
+        aim: Aim,
     ) -> None:
         self.found, self.networks, self.deadline = found, networks, deadline
         self.start = time.monotonic()
-        self.anchor, self.tolerance = anchor, tolerance
-        self.accept, self.promising = accept, promising
+        self.anchor, self.aim = aim.anchor, aim
         self.net, self.center = networks[0], found.ball.center
         self.records = [n.record for n in networks]
         self.directions = _directions(self.net, self.center)
@@ -141,7 +149,15 @@ class _Question:
         """A tree over a ball, not split yet."""
         low, high = _cover(self.found.ball, radius)
         self.tree = BoxTree(low, high, self.anchor)
-        self.tests = PairTests(self.tree, self.records, self.directions, self.tolerance, _SLACK)
+        self.tests = PairTests(
+            self.tree,
+            self.records,
+            self.directions,
+            self.aim.tolerance,
+            _SLACK,
+            output_tolerance=self.aim.output_tolerance,
+            separation=self.aim.separation,
+        )
         self.table = _PairTable()
         x, y = self.tree.root
         self.open = self.table.add(x, y, self._reach(x, y))
@@ -162,7 +178,8 @@ class _Question:
     def split(self) -> None:
         """Best first, until the goal or the end of the time."""
         search = self.deadline.share(_REPLAY)
-        with np.errstate(all="ignore"):
+        # An interruption leaves pairs open that were dealt with, never the other way round.
+        with self.found.effort.until_stopped(), np.errstate(all="ignore"):
             while len(self.open) and self.lower < self.goal and not search.over:
                 if self.table.count > _MOST_PAIRS or not self._advance(search):
                     break
@@ -176,7 +193,7 @@ class _Question:
         near = near[reach[near] < self.goal]
         here = self.open[near]
         left = here
-        for step in _TESTS if len(self.records) > 1 else _TESTS[:-1]:
+        for step in self.tests.useful:
             if len(left):
                 good = self.tests.holds(step, self.table.x[left], self.table.y[left])
                 self.table.step[left[good]] = int(step)
@@ -226,8 +243,7 @@ class _Question:
         """The test that excludes collisions in a whole ball, if one does."""
         self._begin(radius)
         x, y = self.tree.root
-        tests = _TESTS if len(self.records) > 1 else _TESTS[:-1]
-        return next((s for s in tests if self.tests.holds(s, x, y)[0]), None)
+        return next((s for s in self.tests.useful if self.tests.holds(s, x, y)[0]), None)
 
     def _reach(self, x: IntArray, y: IntArray) -> FloatArray:
         """Least radius (p,) of a ball that meets both boxes (the first one, with an anchor)."""
@@ -252,8 +268,11 @@ class _Question:
             return
         share = search.share(0.2)
         for candidate in self._candidates(p, q, share):
-            made = best_pair(self.net, [candidate], ball, share, only_first=self.anchor is not None)
-            if made is not None and self.accept(made):
+            made = best_pair(
+                self.net, [candidate], ball, share, self.anchor is not None,
+                within=self.aim.output_tolerance,
+            )  # fmt: skip
+            if made is not None and self.aim.accept(made):
                 self.found.offer(made, "open pairs of boxes, made exact")
             if share.over:
                 return
@@ -261,6 +280,8 @@ class _Question:
     def _candidates(self, p: Floats, q: Floats, deadline: Deadline) -> list[tuple[Floats, Floats]]:
         """Pairs worth being made exact, near ``p`` and ``q``."""
         ball, both = self.found.ball, self.anchor is None
+        if self.aim.output_tolerance:
+            return [self._pushed_apart(p, q), (p, q)]
         made = collide_near(self.net, p, q, ball, 0, move_second=both)
         found = self._promising(made)
         if both and float(np.abs(p - q).max()) < 0.05 * ball.radius:
@@ -270,6 +291,16 @@ class _Question:
                 found += self._promising(made)
         return found
 
+    def _pushed_apart(self, p: Floats, q: Floats) -> tuple[Floats, Floats]:
+        """The same points, moved along their difference to just more than the separation."""
+        gap = p - q
+        size = float(np.abs(gap).max())
+        goal = (1.0 + _CLOSE) * self.aim.separation
+        if not 0.0 < size < goal:
+            return p, q
+        more = gap * (goal / size - 1.0)
+        return (p + more, q) if self.anchor is not None else (p + 0.5 * more, q - 0.5 * more)
+
     def _promising(self, pairs: list[tuple[Floats, Floats]]) -> list[tuple[Floats, Floats]]:
         """The few that collide nearest to the center, and by float arithmetic count."""
         ball = self.found.ball
@@ -277,7 +308,7 @@ class _Question:
         for pair in pairs:
             points = pair if self.anchor is None else pair[:1]
             reach = max(ball.length(v) for v in points)
-            if reach < self.found.limit and self.promising(*pair):
+            if reach < self.found.limit and self.aim.promising(*pair):
                 found.append((reach, len(found), pair))
         return [pair for _, _, pair in sorted(found)[:_CANDIDATES]]
 
@@ -288,20 +319,29 @@ class _Question:
         n, ball = len(self.center), self.found.ball
         low = np.full(n, -math.inf) if ball.domain is None else ball.domain.lower.numpy()
         high = np.full(n, math.inf) if ball.domain is None else ball.domain.upper.numpy()
-        claim = RadiusClaim(self.center, radius, ball.norm, low, high, self.anchor, self.tolerance)
+        aim = self.aim
+        claim = RadiusClaim(
+            self.center, radius, ball.norm, low, high, self.anchor,
+            aim.tolerance, aim.output_tolerance, aim.separation,
+        )  # fmt: skip
         certificate = RadiusCertificate.create(
             self.records, claim, self.tree.lower[0], self.tree.upper[0], self.directions, steps
         )
         left = None
         if self.deadline.seconds is not None:  # a proof is not thrown away for a slow machine
             left = max(self.deadline.left, 2.0 * (time.monotonic() - self.start), 1.0)
+        if self.found.effort.stopped:
+            left = _LAST_REPLAY
         check = check_radius(certificate, self.records, time_limit=left)
         if check.status.value != "certified":
             self.found.note(f"no certificate for {radius:.6g}: {check.reason}")
             return
         self.found.certified = Certified(certificate, check)
         self.found.prove(
-            radius, Evidence.CERTIFIED, f"checker, {check.pairs} pairs of boxes", self.tolerance
+            radius,
+            Evidence.CERTIFIED,
+            f"checker, {check.pairs} pairs of boxes",
+            aim.tolerance or aim.separation,
         )
 
 

@@ -9,15 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_prepared.certify.exact import evaluate_exactly, to_fractions, values_exactly
-from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.rows import Floats
 from torch_prepared.errors import SpecError
 from torch_prepared.invert._ball import Ball, as_norm
-from torch_prepared.invert._exact import Cell, Rationals, linear_cell, norm_above
+from torch_prepared.invert._exact import (
+    Cell,
+    Rationals,
+    excess,
+    largest_below,
+    linear_cell,
+    norm_above,
+)
 from torch_prepared.invert._findings import Findings
-from torch_prepared.invert._network import Network, PiecewiseNetwork, PointLike, as_point
+from torch_prepared.invert._network import (
+    Network,
+    PiecewiseNetwork,
+    PointLike,
+    as_point,
+    check_tolerance,
+)
 from torch_prepared.invert._programs import (
     Draft,
+    agree,
     encode,
     exclude_pattern,
     minimize_radius,
@@ -27,7 +40,7 @@ from torch_prepared.invert._programs import (
 from torch_prepared.invert._result import Evidence, Pair, RadiusBound
 from torch_prepared.invert._search import best_pair, find_preimages
 from torch_prepared.invert._solve import Effort
-from torch_prepared.invert.pairs import certify_radius
+from torch_prepared.invert.pairs import Aim, certify_radius
 from torch_prepared.relax.pool import pool_windows
 from torch_prepared.specs import Box
 
@@ -48,6 +61,7 @@ def nearest_preimage(
     of: PointLike | None = None,
     domain: Box | None = None,
     separation: float = 1e-3,
+    output_tolerance: float = 0.0,
     method: str = "auto",
     effort: Effort | None = None,
 ) -> RadiusBound:
@@ -70,6 +84,9 @@ def nearest_preimage(
         domain: inputs outside of it do not count.
         separation: where the center lies on a kink, preimages nearer than this (maximum norm) are
             not excluded by the program.
+        output_tolerance: e, in the unit of the outputs. Above 0 the question is how far the nearest
+            x is that differs from the center (from ``of``) by at least ``separation`` and whose
+            output differs by e or less in every entry, and all answers are about such x.
         method: ``"milp"``, ``"split"``, or ``"auto"`` for the second, then the first.
         effort: time limit, threads, bounds.
 
@@ -92,13 +109,16 @@ def nearest_preimage(
     point = as_point(center)
     net = PiecewiseNetwork.of(network, len(point))
     ball = Ball(point, r_max, as_norm(norm), domain)
-    if not separation > 0:
-        raise SpecError(f"separation: got {separation}; expected a number above 0")
+    if not 0 < separation < math.inf:
+        raise SpecError(f"separation: got {separation}; expected a finite number above 0")
     goal = point if of is None else as_point(of, "of")
     if len(goal) != len(point):
         raise SpecError(f"of: got {len(goal)} numbers; expected {len(point)}")
-    question = _Question(net, ball, goal, of is not None, separation, effort)
-    return question.answer(method)
+    within = check_tolerance(output_tolerance)
+    question = _Question(net, ball, goal, separation, within, effort)
+    with effort.until_stopped():
+        return question.answer(method)
+    return question.found.result()
 
 
 class _Question:
@@ -109,25 +129,31 @@ class _Question:
         net: PiecewiseNetwork,
         ball: Ball,
         goal: Floats,
-        elsewhere: bool,
         separation: float,
+        within: float,
         effort: Effort,
     ) -> None:
-        deadline = Deadline(effort.time_limit)
+        deadline = effort.deadline()
         self.net, self.ball, self.goal, self.effort = net, ball, goal, effort
-        self.elsewhere, self.separation = elsewhere, separation
+        self.elsewhere = not np.array_equal(goal, ball.center)
+        self.separation, self.within = separation, within
         self.target: Rationals = evaluate_exactly(net.record, goal)
-        middle = to_fractions(ball.center)
-        self.cell = Cell() if elsewhere else linear_cell(net, ball.center)
-        blind = not elsewhere and not self.cell.injective
+        middle, self._aim = to_fractions(ball.center), to_fractions(goal)
+        self.cell = Cell() if self.elsewhere or within else linear_cell(net, ball.center)
+        blind = within > 0.0 or not (self.elsewhere or self.cell.injective)
         self.found = Findings(
             ball,
             effort,
             lambda pair: norm_above(pair.x - middle, ball.norm),
             separation if blind else 0.0,
-            lambda pair: norm_above(pair.x - middle, math.inf),
+            lambda pair: norm_above(pair.x - self._aim, math.inf),
             deadline,
+            within,
         )
+
+    def _accept(self, pair: Pair) -> bool:
+        """Whether the first point is far enough from the other, where that matters."""
+        return self.within == 0.0 or largest_below(pair.x - self._aim) >= self.separation
 
     @property
     def core(self) -> float:
@@ -138,8 +164,8 @@ class _Question:
         """Search, then prove."""
         if self.elsewhere:
             own = evaluate_exactly(self.net.record, self.ball.center)
-            if bool(np.all(own == self.target)):
-                pair = Pair(to_fractions(self.ball.center), to_fractions(self.goal))
+            pair = Pair(to_fractions(self.ball.center), self._aim)
+            if not any(excess(own - self.target, self.within)) and self._accept(pair):
                 return self.found.zero(pair, "the center has that output itself")
         elif self.cell.flat is not None:
             pair = Pair(self.cell.flat, to_fractions(self.ball.center))
@@ -149,7 +175,9 @@ class _Question:
         self._search()
         if method != "milp":
             share = self.found.deadline.share(_SPLIT_SHARE if method == "auto" else 1.0)
-            certify_radius(self.found, [self.net], share, anchor=self.goal)
+            apart = self.separation if self.within else 0.0
+            aim = Aim(self.goal, 0.0, self.within, apart, self._accept)
+            certify_radius(self.found, [self.net], share, aim)
         if method != "split" and not self.found.closed:
             self._solve()
         return self.found.result()
@@ -157,10 +185,14 @@ class _Question:
     def _search(self) -> None:
         share = self.found.deadline.share(_SEARCH_SHARE)
         target = self.target.astype(np.float64)
-        least = 0.0 if self.elsewhere else self.core or self.separation
+        least = 0.0 if self.elsewhere and not self.within else self.core or self.separation
         points = find_preimages(self.net, target, self.ball, least, self.effort.seed, share)
-        pairs = ((x, self.goal) for x in points)
-        self.found.offer(best_pair(self.net, pairs, self.ball, share, self.elsewhere), "search")
+        pair = best_pair(
+            self.net, ((x, self.goal) for x in points), self.ball, share, self.elsewhere,
+            within=self.within,
+        )  # fmt: skip
+        if pair is not None and self._accept(pair):
+            self.found.offer(pair, "search")
 
     def _solve(self) -> None:
         radius = min(self.ball.radius, (1.0 + _MARGIN) * self.found.limit)
@@ -168,22 +200,28 @@ class _Question:
 
         def listen(bound: float, points: Sequence[Floats]) -> None:
             pairs = [(points[0], self.goal)]
-            pair = best_pair(self.net, pairs, self.ball, self.found.deadline, self.elsewhere)
-            self.found.offer(pair, "solver, made exact")
+            pair = best_pair(
+                self.net, pairs, self.ball, self.found.deadline, self.elsewhere, within=self.within
+            )
+            if pair is not None and self._accept(pair):
+                self.found.offer(pair, "solver, made exact")
 
         answer = minimize_radius(self._build, ball, self.found.deadline, self.effort, listen)
         self.found.claim(answer, radius, "mixed-integer program")
 
     def _build(self, ball: Ball) -> Draft:
         draft = start(ball, 1, self.found.proved)
-        (output,) = encode(draft, self.net, self.effort)
-        draft.program.equal(output, self.target.astype(np.float64))
-        if not self.elsewhere and self.cell.injective:
+        target = (self.target.astype(np.float64), self.within)
+        (output,) = encode(draft, self.net, self.effort, self.found.deadline, target)
+        agree(draft, output.shifted(-target[0]), self.within)
+        if not self.within and not self.elsewhere and self.cell.injective:
             exclude_pattern(draft, draft.copies[0], phases(self.net, ball.center))
-        elif not self.elsewhere:
+        elif self.within or not self.elsewhere:
             own = draft.program.pick(draft.points[0])
-            gaps = own.shifted(-ball.center).both_signs()
-            separate(draft, gaps, self.separation, np.full(gaps.size, ball.radius))
+            gaps = own.shifted(-self.goal).both_signs()
+            most = ball.radius + np.abs(self.goal - ball.center)
+            clear = self.within > 0.0
+            separate(draft, gaps, self.separation, np.concatenate([most, most]), clear=clear)
         self.found.integers = max(self.found.integers, draft.integers)
         return draft
 

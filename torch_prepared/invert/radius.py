@@ -14,16 +14,29 @@ from torch_prepared.core.rows import Floats
 from torch_prepared.errors import SpecError
 from torch_prepared.invert._ball import Ball, as_norm
 from torch_prepared.invert._encoding import Affine
-from torch_prepared.invert._exact import linear_cell, norm_above
+from torch_prepared.invert._exact import largest_below, linear_cell
 from torch_prepared.invert._findings import Findings
-from torch_prepared.invert._network import Network, PiecewiseNetwork, PointLike, as_point
-from torch_prepared.invert._programs import Draft, encode, minimize_radius, separate, start
+from torch_prepared.invert._network import (
+    Network,
+    PiecewiseNetwork,
+    PointLike,
+    as_point,
+    check_tolerance,
+)
+from torch_prepared.invert._programs import (
+    Draft,
+    agree,
+    encode,
+    minimize_radius,
+    separate,
+    start,
+)
 from torch_prepared.invert._result import Evidence, Outcome, Pair, RadiusBound
 from torch_prepared.invert._search import best_pair, find_collisions, one_thread
 from torch_prepared.invert._solve import Answer, Effort
 from torch_prepared.invert.collision import collide_within
 from torch_prepared.invert.jacobian import largest_injective_radius
-from torch_prepared.invert.pairs import certify_radius
+from torch_prepared.invert.pairs import Aim, certify_radius
 from torch_prepared.specs import Box
 
 __all__ = ["injectivity_radius", "matching_radius"]
@@ -45,6 +58,7 @@ def injectivity_radius(
     r_max: float,
     norm: float | str = math.inf,
     separation: float = 1e-3,
+    output_tolerance: float = 0.0,
     domain: Box | None = None,
     method: str = "oneshot",
     effort: Effort | None = None,
@@ -58,13 +72,17 @@ def injectivity_radius(
         norm: 1, 2 or inf.
         separation: a claimed ``lower`` excludes pairs at least so far apart (maximum norm). Its
             optimum decreases to r* with the separation.
+        output_tolerance: e, in the unit of the outputs. Above 0 the question is how large a ball
+            holds no two points at least ``separation`` apart whose outputs differ by e or less in
+            every entry, and all that is found or proved is about such pairs.
         domain: inputs outside of it do not count.
         method: ``"oneshot"``: per coordinate one program that minimizes the radius; ``"bisect"``:
             :func:`max_collision` at ever other radii, as in the source.
         effort: time limit, threads, bounds.
 
     Returns:
-        A :class:`RadiusBound`. With fewer outputs than inputs r* is 0.
+        A :class:`RadiusBound`. With fewer outputs than inputs r* is 0 (unless outputs have a
+        tolerance: pairs that are apart need room).
 
     Raises:
         SpecError: numbers that do not fit or are not finite.
@@ -83,22 +101,30 @@ def injectivity_radius(
     net = PiecewiseNetwork.of(network, len(point))
     ball = Ball(point, r_max, as_norm(norm), domain)
     _check_separation(separation, ball)
-    found = _findings(ball, effort, separation, lambda pair: pair.distance())
-    cell = linear_cell(net, point)
-    if cell.flat is not None:
-        pair = Pair(cell.flat, to_fractions(point))
-        return found.zero(pair, "the network is flat in a direction at the center")
-    if net.output_size < net.input_size:
-        return found.zero(None, "fewer outputs than inputs: not injective on any ball")
-    _search(net, found, _NEAR * separation, lambda pair: True)
-    certify_radius(found, [net], found.deadline.share(_PAIR_SHARE))
-    if found.proved == 0.0:
-        _prove_by_slopes(net, ball, found)
-    if not found.closed:
-        if method == "oneshot":
-            _one_shot(net, found, separation)
-        else:
-            _bisect(net, found, separation)
+    within = check_tolerance(output_tolerance)
+
+    def accept(pair: Pair) -> bool:
+        return within == 0.0 or largest_below(pair.x - pair.y) >= separation
+
+    found = _findings(ball, effort, separation, lambda pair: pair.distance(), within)
+    with effort.until_stopped():
+        if within == 0.0:
+            cell = linear_cell(net, point)
+            if cell.flat is not None:
+                pair = Pair(cell.flat, to_fractions(point))
+                return found.zero(pair, "the network is flat in a direction at the center")
+            if net.output_size < net.input_size:
+                return found.zero(None, "fewer outputs than inputs: not injective on any ball")
+        _search(net, found, separation if within else _NEAR * separation, accept)
+        aim = Aim(output_tolerance=within, separation=separation if within else 0.0, accept=accept)
+        certify_radius(found, [net], found.deadline.share(_PAIR_SHARE), aim)
+        if found.proved == 0.0 and within == 0.0:
+            _prove_by_slopes(net, ball, found)
+        if not found.closed:
+            if method == "oneshot":
+                _one_shot(net, found, separation, accept)
+            else:
+                _bisect(net, found, separation, accept)
     return found.result()
 
 
@@ -110,6 +136,7 @@ def matching_radius(
     r_max: float,
     norm: float | str = math.inf,
     tolerance: float = 1e-3,
+    output_tolerance: float = 0.0,
     domain: Box | None = None,
     effort: Effort | None = None,
 ) -> RadiusBound:
@@ -127,12 +154,14 @@ def matching_radius(
         norm: 1, 2 or inf.
         tolerance: a claimed ``lower`` excludes pairs whose f2 differs by at least so much in some
             output.
+        output_tolerance: e, in the unit of f1's outputs: excluded are pairs whose f1 differs by e
+            or less in every output (and whose f2 differs by ``tolerance``), in place of equal f1.
         domain: inputs outside of it do not count.
         effort: time limit, threads, bounds.
 
     Returns:
         A :class:`RadiusBound`; ``separation`` is in the unit of f2's outputs. The witness agrees
-        exactly in f1 and differs by at least ``tolerance`` in f2.
+        exactly in f1 (or within ``output_tolerance``) and differs by at least ``tolerance`` in f2.
 
     Raises:
         SpecError: numbers that do not fit or are not finite.
@@ -149,12 +178,13 @@ def matching_radius(
     ball = Ball(point, r_max, as_norm(norm), domain)
     if not 0 < tolerance < math.inf:
         raise SpecError(f"tolerance: got {tolerance}; expected a number above 0")
+    within = check_tolerance(output_tolerance)
 
     def difference(pair: Pair) -> float:
         there = evaluate_exactly(other.record, pair.x) - evaluate_exactly(other.record, pair.y)
-        return norm_above(there, math.inf)
+        return largest_below(there)
 
-    found = _findings(ball, effort, tolerance, difference)
+    found = _findings(ball, effort, tolerance, difference, within)
 
     def differs(x: Floats, y: Floats) -> bool:
         there = other.values(np.stack([x, y]))
@@ -163,15 +193,15 @@ def matching_radius(
     def accept(pair: Pair) -> bool:
         return difference(pair) >= tolerance
 
-    _search(net, found, _NEAR * ball.radius, accept, differs)
-    share = found.deadline.share(_PAIR_SHARE)
-    certify_radius(
-        found, [net, other], share, tolerance=tolerance, accept=accept, promising=differs
-    )
-    if found.proved == 0.0 and net.output_size >= net.input_size:
-        _prove_by_slopes(net, ball, found)
-    if not found.closed:
-        _match(net, other, found, tolerance, accept)
+    with effort.until_stopped():
+        _search(net, found, _NEAR * ball.radius, accept, differs)
+        share = found.deadline.share(_PAIR_SHARE)
+        aim = Aim(None, tolerance, within, accept=accept, promising=differs)
+        certify_radius(found, [net, other], share, aim)
+        if found.proved == 0.0 and net.output_size >= net.input_size and within == 0.0:
+            _prove_by_slopes(net, ball, found)
+        if not found.closed:
+            _match(net, other, found, tolerance, accept)
     return found.result()
 
 
@@ -184,10 +214,19 @@ def _check_separation(separation: float, ball: Ball) -> None:
 
 
 def _findings(
-    ball: Ball, effort: Effort, separation: float, distance: Callable[[Pair], float]
+    ball: Ball,
+    effort: Effort,
+    separation: float,
+    distance: Callable[[Pair], float],
+    within: float,
 ) -> Findings:
     return Findings(
-        ball, effort, lambda pair: pair.reach(ball.center, ball.norm), separation, distance
+        ball,
+        effort,
+        lambda pair: pair.reach(ball.center, ball.norm),
+        separation,
+        distance,
+        output_tolerance=within,
     )
 
 
@@ -212,7 +251,8 @@ def _search(
     ball, seed = found.ball, 0
     for _ in range(4):  # samples of a smaller ball see smaller folds
         pairs = find_collisions(net, ball, least, seed, share)
-        pair = best_pair(net, (p for p in pairs if promising(*p)), ball, share)
+        likely = (p for p in pairs if promising(*p))
+        pair = best_pair(net, likely, ball, share, within=found.output_tolerance)
         if pair is None or not accept(pair):
             return
         found.offer(pair, "search")
@@ -221,18 +261,21 @@ def _search(
         ball = ball.resized(1.1 * found.upper)
 
 
-def _one_shot(net: PiecewiseNetwork, found: Findings, separation: float) -> None:
+def _one_shot(
+    net: PiecewiseNetwork, found: Findings, separation: float, accept: Callable[[Pair], bool]
+) -> None:
     """Per coordinate the least radius of a pair that is ``separation`` apart along it."""
 
     def build(ball: Ball, j: int) -> Draft:
         draft = start(ball, 2, found.proved)
-        outputs = encode(draft, net, found.effort)
-        draft.program.equal(outputs[0] - outputs[1])
+        outputs = encode(draft, net, found.effort, found.deadline)
+        agree(draft, outputs[0] - outputs[1], found.output_tolerance)
         gaps = draft.program.pick(draft.points[0]) - draft.program.pick(draft.points[1])
-        draft.program.at_least(gaps[np.array([j])], separation)
+        clear = found.output_tolerance > 0.0
+        separate(draft, gaps[np.array([j])], separation, np.ones(1), clear=clear)
         return draft
 
-    _grow(net, found, net.input_size, build, lambda pair: True)
+    _grow(net, found, net.input_size, build, accept)
 
 
 def _match(
@@ -246,11 +289,11 @@ def _match(
 
     def build(ball: Ball, i: int) -> Draft:
         draft = start(ball, 2, found.proved)
-        outputs = encode(draft, net, found.effort)
-        draft.program.equal(outputs[0] - outputs[1])
-        there = encode(draft, other, found.effort)
+        outputs = encode(draft, net, found.effort, found.deadline)
+        agree(draft, outputs[0] - outputs[1], found.output_tolerance)
+        there = encode(draft, other, found.effort, found.deadline)
         gap: Affine = (there[0] - there[1])[np.array([i])]
-        separate(draft, gap, tolerance, np.ones(1))
+        separate(draft, gap, tolerance, np.ones(1), clear=found.output_tolerance > 0.0)
         return draft
 
     _grow(net, found, other.output_size, build, accept)
@@ -294,10 +337,12 @@ def _solve_tasks(
         share = deadline.share(1.0 / (tasks - task))
 
         def listen(_: float, points: Sequence[Floats]) -> None:
-            pair = best_pair(net, [(points[0], points[1])], found.ball, found.deadline)
+            pairs, within = [(points[0], points[1])], found.output_tolerance
+            pair = best_pair(net, pairs, found.ball, found.deadline, within=within)
             if pair is None:
-                pairs = [(points[0], points[1])]
-                pair = best_pair(net, pairs, found.ball, found.deadline, move_both=True)
+                pair = best_pair(
+                    net, pairs, found.ball, found.deadline, move_both=True, within=within
+                )
             if pair is not None and accept(pair):
                 found.offer(pair, "solver, made exact")
 
@@ -315,7 +360,9 @@ def _solve_tasks(
     found.claim(total, tested, "mixed-integer programs")
 
 
-def _bisect(net: PiecewiseNetwork, found: Findings, separation: float) -> None:
+def _bisect(
+    net: PiecewiseNetwork, found: Findings, separation: float, accept: Callable[[Pair], bool]
+) -> None:
     """Radii between the bounds until they are within the separation."""
     low, high = found.lower, found.limit
     radius = high
@@ -323,10 +370,13 @@ def _bisect(net: PiecewiseNetwork, found: Findings, separation: float) -> None:
         if found.deadline.over or high - low <= max(separation, 2 * found.effort.mip_gap * high):
             return
         effort = replace(found.effort, time_limit=_seconds(found))
-        tested = collide_within(net, found.ball.resized(radius), effort, False, True)
+        tested = collide_within(
+            net, found.ball.resized(radius), effort, within=found.output_tolerance
+        )
         found.integers = max(found.integers, tested.integers)
-        found.offer(tested.witness, "solver, made exact")
-        if tested.upper <= separation:
+        if tested.witness is not None and accept(tested.witness):
+            found.offer(tested.witness, "solver, made exact")
+        if tested.upper < separation:
             low = max(low, radius)
             found.claim(Answer(radius, None, False, 0.0, ""), radius, "mixed-integer programs")
         elif tested.outcome is Outcome.OPEN and tested.lower <= 0.0:
