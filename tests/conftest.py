@@ -4,8 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import settings
+
+from torch_prepared.cli.main import share_cores
+
+share_cores()  # before torch is loaded: tests run in several processes at once
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("default")

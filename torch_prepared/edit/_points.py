@@ -56,10 +56,10 @@ class PointSet:
         """Collect inputs (q, n) of one property."""
         self._points[position] = torch.cat([self._points[position], points])
 
-    def seek(self, deadline: Deadline) -> None:
+    def seek(self, deadline: Deadline, rounds: int = ROUNDS) -> None:
         """Attack and edit until nothing of low margin is found, or edits no longer help."""
         stalls = 0
-        for step in range(ROUNDS):
+        for step in range(rounds):
             found = 0
             for i, (prop, rows) in enumerate(zip(self._properties, self._rows, strict=True)):
                 low = low_points(

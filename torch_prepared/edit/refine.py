@@ -45,6 +45,7 @@ __all__ = ["RefineEditor"]
 logger = logging.getLogger(__name__)
 
 ROUNDS = 200
+SEEKS = 2  #: rounds of attack between growths
 HOME_ROUNDS = 6
 LIFTS = 4
 WORTH = 0.3  #: share of the open leaves that one more lift must close
@@ -53,19 +54,15 @@ EARLY_RAISES, EARLY_SHARE = 3, 0.1  #: at most so often, in this share of the ti
 RAISE, RAISES = 2.0, 8  #: of the aim, and times that trees that grow too large raise it at most
 CROWDED = 0.4  #: share of open leaves in such trees beyond which the aim is raised twice at once
 RAISE_SHARE = 0.5  #: of the capacity, past which trees are too large
-OPEN_SHARE = 0.2  #: of these leaves, that must be open
+OPEN_SHARE = 0.3  #: of these leaves, that must be open
 COARSEN_SHARE = 0.2  #: of the time left
 SPLIT_SPARE = 0.07  #: share of the aim that new leaves must have in hand
 LOW_CENTER = 0.2  #: margins of leaf centers below this share of the aim become points
 LEAF_AIM, POINT_AIM = 0.15, 0.7  #: shares of the aim that lifted leaves and points must reach
 POINT_FLOOR = 0.3  #: share of the aim that points must keep on the way home
 HOME_AIM = 0.5  #: of the aim, on the way home
-FIRST_CAUTION, LEAST_CAUTION, MOST_CAUTION = (
-    0.5,
-    0.1,
-    20.0,
-)  #: steps home go 1 / (1 + it) of the way
-FIRST_DROP, MOST_DROP = 0.5, 30.0  #: in aims, of leaves on the way home, to be split again
+FIRST_CAUTION, LEAST_CAUTION, MOST_CAUTION = 0.3, 0.1, 20.0  #: a step goes 1 / (1 + it) of the way
+FIRST_DROP, MOST_DROP = 0.5, 10.0  #: in aims, of leaves on the way home, to be split again
 HOME_CUTS = 2  #: sets of leaves, each opened by a step that the last set did not forbid
 HOME_GAIN = 0.98  #: share of the distance that a way home must reach
 FEWEST_NODES = 20_000  #: of one round of growth
@@ -109,7 +106,7 @@ class _Refinement:
     capacity: float
     pace: float
     raises: int = 0
-    settled: bool = False  #: whether all leaves have been proved once
+    settled: bool = False  #: whether the trees have been proved and cut down once
 
     @classmethod
     def start(cls, problem: EditProblem, settings: RefineEditor, deadline: Deadline) -> _Refinement:
@@ -139,11 +136,11 @@ class _Refinement:
 
     def candidates(self) -> Iterator[Candidate]:
         """Weights for which every leaf of every tree is proved, ever closer to the origin."""
-        self.points.seek(self.deadline)
+        self.points.seek(self.deadline, 1)  # more only where trees show that it is worth it
         early = self.deadline.share(EARLY_SHARE)
         while self.raises < EARLY_RAISES and self.walk.distance() < CHEAP and not early.over:
             self._raise_aim()
-            self.points.seek(self.deadline)
+            self.points.seek(self.deadline, SEEKS)
         self._prove(ROUNDS, RAISES)
         if not self._is_done():
             raise InfeasibleEditError(self._what_is_missing())
@@ -167,7 +164,8 @@ class _Refinement:
                 continue
             if forest.proved and self._is_small():
                 return
-            if self._out_of_time():
+            overgrown = self.settled and forest.leaf_count > self.capacity
+            if self._out_of_time() or (overgrown and not raises):
                 return
             proved = forest.proved
             lifted = forest.is_nearly_proved and not low and self._lift(reach)
@@ -177,7 +175,7 @@ class _Refinement:
                 self._raise_aim()
             elif low:
                 self.points.satisfy(self.deadline)
-                self.points.seek(self.deadline)
+                self.points.seek(self.deadline, SEEKS)
             elif not lifted:
                 self._lift(reach)
             reach *= 1.0 if low else 2.0
@@ -189,7 +187,7 @@ class _Refinement:
 
     def _is_small(self) -> bool:
         """Whether the proved trees, cut down where they can be, are proved in float64 too."""
-        if not self.settled or self.forest.leaf_count > self.capacity:
+        if not self.settled:
             self.forest.coarsen(self.deadline.share(COARSEN_SHARE))
         self.settled = True
         return self.forest.leaf_count <= self.capacity and self.forest.bound_exactly(self.deadline)
@@ -197,17 +195,23 @@ class _Refinement:
     def _is_done(self) -> bool:
         return self.forest.proved and self.forest.leaf_count <= self.capacity
 
+    @property
+    def _is_crowded(self) -> bool:
+        """Whether so much of the trees is open that they would outgrow everything."""
+        return self.forest.open_count > CROWDED * self.forest.leaf_count
+
     def _is_too_large(self) -> bool:
         """Whether trees have outgrown a good part of what can be checked, and much is open."""
         allowed = RAISE_SHARE * self.capacity
-        large = self.forest.leaf_count > allowed and not self.settled
-        return large and self.forest.open_count > OPEN_SHARE * allowed
+        enough = 0.5 * allowed if self._is_crowded else allowed
+        large = self.forest.leaf_count > enough and not self.settled
+        return large and self.forest.open_count > OPEN_SHARE * enough
 
     def _raise_aim(self) -> None:
         """Aim at more, and start new trees: wider margins need fewer leaves."""
-        crowded = self.forest.open_count > CROWDED * self.forest.leaf_count
-        self._aim_at((RAISE**2 if crowded else RAISE) * self.aim)
+        self._aim_at((RAISE**2 if self._is_crowded else RAISE) * self.aim)
         self.raises += 1
+        self.settled = False
         self.walk.look_around()
         self.points.satisfy(self.deadline)
         self.forest.fell()
@@ -232,13 +236,13 @@ class _Refinement:
         Leaves may lose some of their margin on the way, to be split again: the more, the better
         that went, and the less room is left in the trees.
         """
-        caution, drop = FIRST_CAUTION, FIRST_DROP
+        caution, drop, most = FIRST_CAUTION, FIRST_DROP * self.aim, MOST_DROP * self.aim
         self.walk.look_around()
         self._aim_at(HOME_AIM * self.aim)
-        while not self._out_of_time() and caution < MOST_CAUTION and drop < MOST_DROP:
+        while not self._out_of_time() and caution < MOST_CAUTION and drop < most:
             kept, distance = (self.walk.theta, self.forest.trees), self.walk.distance()
             room = max(0.0, 1.0 - self.forest.leaf_count / self.capacity)
-            step = self._step_home(caution, drop * room * self.aim)
+            step = self._step_home(caution, drop * room)
             if step is None:
                 return
             self.walk.theta = self.walk.theta + step
@@ -249,10 +253,12 @@ class _Refinement:
                 "home: caution %g, drop %g, %s, distance %g -> %g",
                 caution, drop, "proved" if done else "not proved", distance, closer,
             )  # fmt: skip
-            if not done or closer >= HOME_GAIN * distance:
+            gained = done and closer < HOME_GAIN * distance
+            if not gained:
                 self.walk.theta, self.forest.trees = kept
             if done:
                 caution, drop = max(0.5 * caution, LEAST_CAUTION), 2.0 * drop
+                self._aim_at(self.aim if gained else HOME_AIM * self.aim)
             else:
                 caution, drop = 3.0 * caution, 0.3 * drop
 
