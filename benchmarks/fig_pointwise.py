@@ -280,7 +280,9 @@ def plot(source: Path, picture: Path) -> None:
             axis.set_yscale("log")
             axis.set_xlabel("examples forced to a wrong class")
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    figure.set_layout_engine("constrained")  # makes room for what is outside of all panels
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=8)
     _figure.save(figure, picture, dpi=120)
 
 
