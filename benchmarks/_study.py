@@ -23,7 +23,7 @@ CHECK_SECONDS = 300.0
 JUDGE_SECONDS = 300.0
 START_SECONDS = 20.0
 
-EDITING = 0.82  #: share of the limit that the editor gets; the rest is for starting and checking
+EDITING = 0.86  #: share of the limit that the editor gets; the rest is for starting and checking
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch_prepared.certify.facts import (
     default_slopes,
     line_offset,
 )
+from torch_prepared.certify.operators import Activation, Enclosure
 from torch_prepared.errors import UnsupportedOperationError
 
 MP = {
@@ -119,3 +120,21 @@ def test_slope_zero_gives_the_range() -> None:
 def test_unknown_functions_are_refused(op: str, attrs: dict[str, object]) -> None:
     with pytest.raises(UnsupportedOperationError, match="here"):
         activation_facts(op, attrs, "here")
+
+
+@pytest.mark.parametrize("op", MP)
+def test_flat_below_means_constant_from_the_upper_end_down(op: str) -> None:
+    ends = np.array([[-3.0, -0.5, 0.0, 1e-9, 2.0]])
+    activation = Activation("a", "x", op, known(op), ends.shape[1])
+    flat = activation.is_flat_below(Enclosure(ends - 1.0, ends))
+    assert flat.tolist() == [[True, True, True, False, False] if op == "relu" else [False] * 5]
+    below = ends - np.linspace(0.0, 50.0, 200)[:, None]
+    values = known(op).value(below)
+    assert bool((values == values[0])[:, flat[0]].all())
+
+
+@pytest.mark.parametrize(("alpha", "flat"), [(0.0, True), (0.1, False)])
+def test_leaky_units_are_flat_without_a_leak_only(alpha: float, flat: bool) -> None:
+    leaky = activation_facts("leaky_relu", {"alpha": alpha}, "here")
+    box = Enclosure(np.array([[-2.0]]), np.array([[-1.0]]))
+    assert bool(Activation("a", "x", "leaky_relu", leaky, 1).is_flat_below(box)) is flat

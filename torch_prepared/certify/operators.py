@@ -142,6 +142,9 @@ class Operator(Protocol):
     def contested(self, inputs: Enclosure) -> BoolArray:
         """Which entries (b, n) of the input a tighter interval would help."""
 
+    def is_flat_below(self, inputs: Enclosure) -> BoolArray:
+        """Entries (b, n) of which no lower end would change anything, the upper one being known."""
+
 
 class Affine:
     """``y = sum_i M_i x_i + bias``.
@@ -211,6 +214,10 @@ class Affine:
         """See :class:`Operator`: an affine operator is never relaxed."""
         return np.zeros(inputs.lower.shape, dtype=np.bool_)
 
+    def is_flat_below(self, inputs: Enclosure) -> BoolArray:
+        """See :class:`Operator`: its intervals depend on both ends."""
+        return np.zeros(inputs.lower.shape, dtype=np.bool_)
+
 
 def _total(parts: Sequence[FloatArray]) -> FloatArray:
     """Plain rounded sum of at least one array."""
@@ -277,6 +284,12 @@ class Activation:
         needed: BoolArray = ~self.facts.is_linear_on(inputs.lower, inputs.upper)
         return needed
 
+    def is_flat_below(self, inputs: Enclosure) -> BoolArray:
+        """See :class:`Operator`: where the function is constant from the upper end down."""
+        linear = self.facts.is_linear_on(np.full_like(inputs.upper, -np.inf), inputs.upper)
+        flat: BoolArray = linear & (self.facts.derivative(inputs.upper) == 0.0)
+        return flat
+
 
 class _LineRelaxation:
     """``slope x + offset`` below and above, per entry."""
@@ -342,6 +355,10 @@ class MaxPool:
     def contested(self, inputs: Enclosure) -> BoolArray:
         """See :class:`Operator`: every entry may decide a window."""
         return np.ones(inputs.lower.shape, dtype=np.bool_)
+
+    def is_flat_below(self, inputs: Enclosure) -> BoolArray:
+        """See :class:`Operator`: any entry's lower end may dominate."""
+        return np.zeros(inputs.lower.shape, dtype=np.bool_)
 
 
 class _PoolRelaxation:

@@ -98,29 +98,42 @@ class Propagation:
     def _tighten(self, name: str) -> None:
         """Intersect the enclosure of ``name`` with backward bounds of its contested entries.
 
-        Each box has its own contested entries, so that its bounds do not depend on the batch that
-        it is in.
+        Upper ends come first: where all readers are constant from there down, as a ReLU is on
+        negative inputs, lower ends would change nothing. Each box has its own contested entries,
+        so that its bounds do not depend on the batch that it is in.
         """
         box = self.enclosures[name]
+        readers = [o for o in self._network.operators if name in o.sources]
         contested = np.zeros(box.lower.shape, dtype=np.bool_)
-        for reader in self._network.operators:
-            if name in reader.sources:
-                contested |= reader.contested(box)
+        for reader in readers:
+            contested |= reader.contested(box)
         owners, entries = np.nonzero(contested)
         low, high = box.lower.copy(), box.upper.copy()
-        step = max(_FEWEST_ROWS, _ROW_BUDGET // (2 * self._workspace(name)))
+        found = -self._entry_bounds(name, owners, entries, -1.0)
+        high[owners, entries] = np.minimum(high[owners, entries], found)
+        halfway = Enclosure(low, high)
+        flat = np.logical_and.reduce([reader.is_flat_below(halfway) for reader in readers])
+        rest = ~flat[owners, entries]
+        owners, entries = owners[rest], entries[rest]
+        found = self._entry_bounds(name, owners, entries, 1.0)
+        low[owners, entries] = np.maximum(low[owners, entries], found)
+        self._accept(name, (np.minimum(low, high), np.maximum(low, high)), {})
+
+    def _entry_bounds(
+        self, name: str, owners: IntArray, entries: IntArray, sign: float
+    ) -> FloatArray:
+        """Lower bounds (k,) of ``sign`` times entries of a value, each on its own box."""
+        size = self.enclosures[name].lower.shape[1]
+        step = max(_FEWEST_ROWS, _ROW_BUDGET // self._workspace(name))
+        found = np.zeros(len(entries))
         for start in range(0, len(entries), step):
             entry, owner = entries[start : start + step], owners[start : start + step]
-            count = len(entry)
-            rows = np.zeros((2 * count, low.shape[1]))
-            rows[np.arange(count), entry] = 1.0
-            rows[count + np.arange(count), entry] = -1.0
-            found = self.lower_bounds(
-                name, rows, np.zeros(2 * count), np.concatenate([owner, owner]), cuts=False
-            )
-            low[owner, entry] = np.maximum(low[owner, entry], found[:count])
-            high[owner, entry] = np.minimum(high[owner, entry], -found[count:])
-        self._accept(name, (np.minimum(low, high), np.maximum(low, high)), {})
+            rows = np.zeros((len(entry), size))
+            rows[np.arange(len(entry)), entry] = sign
+            constant = np.zeros(len(entry))
+            bounds = self.lower_bounds(name, rows, constant, owner, cuts=False)
+            found[start : start + step] = bounds
+        return found
 
     def _workspace(self, name: str) -> int:
         """Scalars per row needed below ``name``."""
