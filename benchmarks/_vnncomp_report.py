@@ -90,6 +90,9 @@ def _table_line(benchmark: str, study: Study, rows: Sequence[Row], *, drawdown: 
     kinds = {row["drawdown"]["kind"] for row in good if isinstance(row.get("drawdown"), dict)}  # type: ignore[index]
     name = unit.get(next(iter(kinds), ""), "% of decisions")
     loss = f"{statistics.median(lost):.3g} ({lost[-1]:.3g}) {name}" if lost and drawdown else "-"
+    if drawdown and kinds == {"ranking"}:
+        advice = sorted(_advice(good))
+        loss += f"; of advice alone {statistics.median(advice):.3g} ({advice[-1]:.3g}) %"
     return (
         f"| {benchmark} | {study.label} | {len(good)} / {len(rows)}{_properties(rows)} | "
         f"{in_time} | "
@@ -121,6 +124,11 @@ def _percents(rows: Sequence[Row]) -> list[float]:
         if isinstance(drawdown, dict) and isinstance(drawdown["percent"], (int, float)):
             found.append(float(drawdown["percent"]))
     return found
+
+
+def _advice(rows: Sequence[Row]) -> list[float]:
+    """Percent of inputs whose smallest output changed, which is what ACAS Xu networks advise."""
+    return [100.0 * (1.0 - float(row["drawdown"]["agreement_argmin"])) for row in rows]  # type: ignore[index, call-overload]
 
 
 def replace_table(readme: Path, table: str) -> None:

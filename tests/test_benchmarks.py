@@ -52,6 +52,7 @@ def cases(folder):
 
 
 def _row(case, settings, certified=True, seconds=3.0, percent=1.5):
+    drawdown = {"kind": "ranking", "percent": percent, "agreement_argmin": 1 - percent / 500}
     return {
         "key": settings.key(case),
         "case": case.name,
@@ -60,7 +61,7 @@ def _row(case, settings, certified=True, seconds=3.0, percent=1.5):
         "edit_seconds": seconds - 1,
         "total_seconds": seconds,
         "relative_l2": 0.01,
-        "drawdown": {"kind": "ranking", "percent": percent} if certified else None,
+        "drawdown": drawdown if certified else None,
     }
 
 
@@ -187,7 +188,8 @@ class TestReport:
     def test_table_counts_and_medians(self, results):
         lines = markdown_table(load_studies(results)).splitlines()
         assert lines[2] == (
-            "| acasxu | one_shot | 2 / 3 | 1 | 26.5 | 0.01 | 2 (2.5) % of decisions |"
+            "| acasxu | one_shot | 2 / 3 | 1 | 26.5 | 0.01 | 2 (2.5) % of decisions; "
+            "of advice alone 0.4 (0.5) % |"
         )
         assert lines[3].startswith("| **all** | one_shot | 2 / 3 | 1 |")
 

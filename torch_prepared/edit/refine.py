@@ -7,8 +7,9 @@ behavior) on which all collected margins reach the aim is found by a few re-line
 smallest step that raises them is taken: the network is edited for provability, not only for
 safety. The tree outlives every change of weights, and in the end it is the certificate.
 
-Wider margins need fewer leaves. So the aim starts low and is doubled when trees outgrow what can be
-checked in time; once all is proved, the network comes home as far as the trees can follow.
+Wider margins need fewer leaves. So the aim starts low and is raised when trees outgrow what can be
+checked in time; once all is proved, the network comes home as far as the trees can follow, step by
+step, each held back by the leaves that the step before would have opened.
 
 A disjunctive safe set chooses its disjunct by leaf and by point.
 
@@ -273,21 +274,21 @@ class _Refinement:
         spare = LEAF_AIM * self.aim
         leaves = [tree.leaves for tree in self.forest.trees]
         chosen = self.forest.choose(leaves, -np.inf, worst=True)
-        known, step = chosen, None
+        known, step = chosen, torch.zeros_like(self.walk.theta)
         normals, margins = self.points.rows(near=2 * self.aim)
         rise = margins.clamp_max(POINT_FLOOR * self.aim) - margins
-        for _ in range(HOME_CUTS):
+        for cut in range(HOME_CUTS):
+            chosen = self._surprises(step, known, spare, loss) if cut else chosen
+            if not any(len(part) for part in chosen):
+                break
+            known = [np.union1d(*pair) for pair in zip(known, chosen, strict=True)]
             jacobian, value = self.forest.leaf_rows(chosen)
             normals = torch.cat([normals, jacobian])
             rise = torch.cat([rise, value.clamp_max(spare) - loss - value])
-            step = self.walk.nearest(normals, rise * (1 + caution))
-            if step is None:
+            found = self.walk.nearest(normals, rise * (1 + caution))
+            if found is None:
                 return None
-            step = step / (1 + caution)
-            chosen = self._surprises(step, known, spare, loss)
-            if not any(len(part) for part in chosen):
-                break
-            known = [np.concatenate(pair) for pair in zip(known, chosen, strict=True)]
+            step = found / (1 + caution)
         return step
 
     def _surprises(
