@@ -8,6 +8,7 @@ import torch
 import torch_prepared as tp
 from tests.helpers import mlp
 from torch_prepared.edit import EDITORS
+from torch_prepared.edit.refine import _Refinement
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Box, Property, SafeSet
 
@@ -46,6 +47,21 @@ def test_a_certificate_of_a_tree_survives_its_file(tmp_path) -> None:
     assert again.status is tp.Verdict.CERTIFIED
     with pytest.raises(tp.certify.certificate.CertificateError):
         tp.check_certificate(loaded, graph.record(), [prop.record()])
+
+
+def test_the_way_home_comes_closer_and_loses_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, prop = setting(1)
+
+    def distance() -> float:
+        result = tp.edit_network(
+            graph, prop, method="refine", domain=(-1.0, 1.0), time_limit=60, threads=1
+        )
+        assert result.status is tp.Verdict.CERTIFIED
+        return float(result.report.drawdown.distance)
+
+    home = distance()
+    monkeypatch.setattr(_Refinement, "_go_home", lambda self: None)
+    assert home < 0.9 * distance()
 
 
 def test_every_editor_is_listed() -> None:
