@@ -9,7 +9,7 @@ identity; no p x p matrix exists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,18 +39,20 @@ class Metric:
     Args:
         damping: positive weight of the Euclidean part.
         sketch: R (k, p).
-        factor: Cholesky factor (k, k) of ``damping I + R R'``.
+        spectrum: (k,) the diagonal of ``R R'`` where that is diagonal, up to rounding.
+        factor: Cholesky factor (k, k) of ``damping I + R R'`` where it is not.
     """
 
     damping: float
     sketch: Sketch | None = None
+    spectrum: Tensor | None = None
     factor: Tensor | None = None
 
     def damped(self, damping: float) -> Metric:
         """The same sketch with another damping."""
-        if self.sketch is None:
-            return Metric(damping)
-        return Metric(damping, self.sketch, _factor(self.sketch, damping))
+        if self.sketch is None or self.spectrum is not None:
+            return replace(self, damping=damping)
+        return replace(self, damping=damping, factor=_factor(self.sketch, damping))
 
     def image(self, rows: Tensor) -> Tensor:
         """``rows R'``: (m, p) to (m, k), float64; k is 0 without a sketch."""
@@ -71,6 +73,8 @@ class Metric:
 
     def _inner(self, image: Tensor) -> Tensor:
         """``image (damping I + R R')^-1``: (m, k) to (m, k)."""
+        if self.spectrum is not None:
+            return image / (self.damping + self.spectrum)
         if self.factor is None or not len(image):
             return image
         return torch.cholesky_solve(image.T, self.factor).T
@@ -120,8 +124,10 @@ def behavior_metric(
     gram = sketch.gram()
     unit = float(gram.diagonal().sum()) / vector.count if relative else 1.0
     absolute = max(damping * unit, 1e-30)
-    sketch = _principal(sketch, gram, absolute, vector.count)
-    return Metric(absolute, sketch, _factor(sketch, absolute))
+    principal = _principal(sketch, gram, absolute, vector.count)
+    if principal is not None:
+        return Metric(absolute, *principal)
+    return Metric(absolute, sketch, factor=_factor(sketch, absolute))
 
 
 def _factor(sketch: Sketch, damping: float) -> Tensor:
@@ -139,15 +145,21 @@ def _affordable_rows(graph: Graph, vector: ParameterVector) -> int:
     return int(min(MOST_ROWS, products, DENSE_BYTES / (4 * max(1, dense))))
 
 
-def _principal(sketch: Sketch, gram: Tensor, damping: float, count: int) -> Sketch:
-    """The directions that weigh more than a tenth of the damping, when storing them is cheap."""
+def _principal(
+    sketch: Sketch, gram: Tensor, damping: float, count: int
+) -> tuple[FlatSketch, Tensor] | None:
+    """The directions that weigh more than a tenth of the damping, and how much each weighs.
+
+    None where storing them is not cheap. In these directions the Gram matrix is diagonal.
+    """
     if FEWEST_DIRECTIONS * count > FLAT_ENTRIES:
-        return sketch
+        return None
     values, vectors = _largest_eigenpairs(gram, NEGLIGIBLE * damping)
-    kept = vectors[:, values > NEGLIGIBLE * damping]
+    large = values > NEGLIGIBLE * damping
+    kept = vectors[:, large]
     if kept.shape[1] * count > FLAT_ENTRIES:
-        return sketch
-    return FlatSketch(sketch.combine(kept.T))
+        return None
+    return FlatSketch(sketch.combine(kept.T)), values[large].double()
 
 
 def _largest_eigenpairs(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ WORTH = 0.3  #: share of the open leaves that one more lift must close
 CHEAP = 2e-5  #: distance below which the aim may be raised before anything else
 EARLY_RAISES, EARLY_SHARE = 3, 0.1  #: at most so often, in this share of the time left
 RAISE, RAISES = 2.0, 8  #: of the aim, and times that trees that grow too large raise it at most
-CROWDED = 0.4  #: share of open leaves in such trees beyond which the aim is raised twice at once
+CROWDED, VAST = 0.4, 0.01  #: shares of open leaves and volume, beyond which it is raised twice
 RAISE_SHARE = 0.5  #: of the capacity, past which trees are too large
 OPEN_SHARE = 0.3  #: of these leaves, that must be open
 COARSEN_SHARE = 0.2  #: of the time left
@@ -199,7 +199,9 @@ class _Refinement:
     @property
     def _is_crowded(self) -> bool:
         """Whether so much of the trees is open that they would outgrow everything."""
-        return self.forest.open_count > CROWDED * self.forest.leaf_count
+        forest = self.forest
+        vast = max(tree.volume(tree.open) for tree in forest.trees) > VAST
+        return vast and forest.open_count > CROWDED * forest.leaf_count
 
     def _is_too_large(self) -> bool:
         """Whether trees have outgrown a good part of what can be checked, and much is open."""
@@ -257,9 +259,11 @@ class _Refinement:
             gained = done and closer < HOME_GAIN * distance
             if not gained:
                 self.walk.theta, self.forest.trees = kept
-            if done:
+            if gained:
                 caution, drop = max(0.5 * caution, LEAST_CAUTION), 2.0 * drop
-                self._aim_at(self.aim if gained else HOME_AIM * self.aim)
+            elif done:
+                caution, drop = max(0.5 * caution, LEAST_CAUTION), 4.0 * drop
+                self._aim_at(HOME_AIM * self.aim)
             else:
                 caution, drop = 3.0 * caution, 0.3 * drop
 
