@@ -52,6 +52,7 @@ NEWTON_STEPS, FEWEST_STEPS = 8, 2
 NEWTON_FLOPS = 1e10  #: of evaluations, one per step; a step takes about five
 NEWTON_GAIN = 0.95  #: how far a step must bring the distance down to be followed by another
 DAMPING_FACTOR, MOST_DAMPING = 4.0, 1e8  #: of the metric, from step to step and of the ridge
+MOST_DAMPINGS, FEWEST_DAMPINGS = 14, 2  #: tried in a row
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,11 @@ class BehaviorDistance(QuadraticDistance):
         """Newton steps worth their time."""
         return int(max(FEWEST_STEPS, min(NEWTON_STEPS, NEWTON_FLOPS / self.loss.flops)))
 
+    @property
+    def _dampings(self) -> int:
+        """Dampings worth trying for one step."""
+        return int(max(FEWEST_DAMPINGS, min(MOST_DAMPINGS, NEWTON_FLOPS / self.loss.flops)))
+
     def _least(
         self, trial: Callable[[Metric], list[Step | None]], delta: Tensor
     ) -> tuple[Step, float] | None:
@@ -235,12 +241,14 @@ class BehaviorDistance(QuadraticDistance):
         if best is None:
             return None
         for factor in (DAMPING_FACTOR, 1.0 / DAMPING_FACTOR):
-            damping, start = factor * self.metric.damping, best
-            while self.ridge <= damping <= MOST_DAMPING * self.ridge:
-                found = at(damping)
+            damping, start = self.metric.damping, best
+            for _ in range(self._dampings):
+                damping *= factor
+                known = self.ridge <= damping <= MOST_DAMPING * self.ridge
+                found = at(damping) if known else None
                 if found is None or found[1] >= best[1]:
                     break
-                best, damping = found, factor * damping
+                best = found
             if best is not start:
                 break
         return best
@@ -253,7 +261,7 @@ class BehaviorDistance(QuadraticDistance):
         slope = 0.5 * self.loss.gradient(self.origin + here) + self.ridge * here
         image = self.metric.image(slope[None])
         damping = best.damping
-        while damping <= MOST_DAMPING * self.ridge:
+        for _ in range(self._dampings):
             metric = self.metric.damped(damping)
             free = -metric.solve(slope[None], image)[0]
             found = _project(metric, rows, lift - rows.effect(best.delta + free))

@@ -16,8 +16,8 @@ from torch_prepared.relax import evaluate_graph
 
 __all__ = ["BehaviorLoss"]
 
-PASS_FLOPS = 2e10  #: of one evaluation, about
-MOST_INPUTS, FEWEST_INPUTS = 10_000, 300
+PASS_FLOPS, QUICK_FLOPS = 2e10, 3e9  #: of one evaluation, at most, and with more inputs than ENOUGH
+MOST_INPUTS, ENOUGH, FEWEST_INPUTS = 10_000, 3000, 300
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class BehaviorLoss:
     ) -> BehaviorLoss | None:
         """On as many reference inputs as are quickly evaluated; None where those are too few."""
         each = sum(node_flops(graph, node) for node in graph.nodes[1:])
-        count = min(len(reference.inputs), MOST_INPUTS, int(PASS_FLOPS / max(each, 1.0)))
+        quick = max(ENOUGH, min(MOST_INPUTS, int(QUICK_FLOPS / max(each, 1.0))))
+        count = min(len(reference.inputs), quick, int(PASS_FLOPS / max(each, 1.0)))
         if count < min(len(reference.inputs), FEWEST_INPUTS):
             return None
         generator = torch.Generator().manual_seed(seed)
