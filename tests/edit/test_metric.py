@@ -47,10 +47,15 @@ def test_metric_equals_the_dense_gauss_newton_sketch(
     assert metric.norm_squared(delta[0]) == pytest.approx(
         float(delta[0] @ dense @ delta[0]), rel=1e-4
     )
-    solved = torch.linalg.solve(dense, delta.T).T
-    torch.testing.assert_close(
-        metric.solve(delta), solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max())
-    )
+    assert (metric.spectrum is not None) is flat
+    for factor in (1.0, 0.1, 30.0):
+        other = metric.damped(factor * metric.damping)
+        more = (factor - 1.0) * metric.damping * torch.eye(vector.count, dtype=torch.float64)
+        solved = torch.linalg.solve(dense + more, delta.T).T
+        close = {"rtol": 1e-3, "atol": 1e-3 * float(solved.abs().max())}
+        torch.testing.assert_close(other.solve(delta), solved, **close)
+        products, image = delta @ delta.T, metric.image(delta)
+        torch.testing.assert_close(other.gram(products, image), solved @ delta.T, **close)
 
 
 def test_the_largest_eigenpairs_are_those_of_the_full_decomposition() -> None:

@@ -34,9 +34,7 @@ _COMMANDS = (
     "demo",
 )
 _JSON = "torch_prepared.json"
-_SPINS = (
-    "10000"  #: turns of a loop that an idle thread waits before it sleeps; some 30 microseconds
-)
+_SPINS = "10000"  #: turns of a loop that an idle thread waits before it sleeps
 
 
 class CommandError(click.ClickException):
@@ -129,9 +127,8 @@ def command_line() -> None:
 def share_cores() -> None:
     """Let idle threads of GNU OpenMP give up their core soon; to be called before torch is loaded.
 
-    They spin for milliseconds by default. Where two processes want the same cores, each then waits
-    for threads that the other's spinning threads keep from running: up to a hundred times slower.
-    Where cores are free, this costs nothing that can be measured.
+    By default they spin much longer. Where two processes want the same cores, each then waits for
+    threads that the other's spinning threads keep from running.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

@@ -89,7 +89,7 @@ class Step:
     Args:
         delta: the step.
         multipliers: of the rows.
-        damping: of the metric in which it was found.
+        damping: of the metric in which to look for the next one; 0 where there is no choice.
     """
 
     delta: Tensor
@@ -244,8 +244,8 @@ class BehaviorDistance(QuadraticDistance):
             damping, start = self.metric.damping, best
             for _ in range(self._dampings):
                 damping *= factor
-                known = self.ridge <= damping <= MOST_DAMPING * self.ridge
-                found = at(damping) if known else None
+                allowed = self.ridge <= damping <= MOST_DAMPING * self.ridge
+                found = at(damping) if allowed else None
                 if found is None or found[1] >= best[1]:
                     break
                 best = found

@@ -144,10 +144,6 @@ class FlatSketch(Sketch):
     rows: Tensor
 
     def gram(self) -> Tensor:
-        return self._products.clone()
-
-    @cached_property
-    def _products(self) -> Tensor:
         return (self.rows @ self.rows.T).double()
 
     def times(self, rows: Tensor) -> Tensor:

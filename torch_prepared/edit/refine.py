@@ -64,7 +64,6 @@ POINT_FLOOR = 0.3  #: share of the aim that points must keep on the way home
 HOME_AIM = 0.5  #: of the aim, on the way home
 FIRST_CAUTION, LEAST_CAUTION, MOST_CAUTION = 0.3, 0.1, 20.0  #: a step goes 1 / (1 + it) of the way
 FIRST_DROP, MOST_DROP = 0.5, 10.0  #: in aims, of leaves on the way home, to be split again
-HOME_CUTS = 2  #: sets of leaves, each opened by a step that the last set did not forbid
 HOME_GAIN = 0.98  #: share of the distance that a way home must reach
 FEWEST_NODES = 20_000  #: of one round of growth
 START_SECONDS = 1.0  #: that checking takes before the first leaf, for planning
@@ -198,7 +197,10 @@ class _Refinement:
 
     @property
     def _is_crowded(self) -> bool:
-        """Whether so much of the trees is open that they would outgrow everything."""
+        """Whether so much of the trees is open that they would outgrow everything.
+
+        So it is before they have grown at all: a distance of next to nothing calls for large steps.
+        """
         forest = self.forest
         vast = max(tree.volume(tree.open) for tree in forest.trees) > VAST
         return vast and forest.open_count > CROWDED * forest.leaf_count
@@ -278,14 +280,9 @@ class _Refinement:
         spare = LEAF_AIM * self.aim
         leaves = [tree.leaves for tree in self.forest.trees]
         chosen = self.forest.choose(leaves, -np.inf, worst=True)
-        known, step = chosen, torch.zeros_like(self.walk.theta)
         normals, margins = self.points.rows(near=2 * self.aim)
         rise = margins.clamp_max(POINT_FLOOR * self.aim) - margins
-        for cut in range(HOME_CUTS):
-            chosen = self._surprises(step, known, spare, loss) if cut else chosen
-            if not any(len(part) for part in chosen):
-                break
-            known = [np.union1d(*pair) for pair in zip(known, chosen, strict=True)]
+        for again in (True, False):
             jacobian, value = self.forest.leaf_rows(chosen)
             normals = torch.cat([normals, jacobian])
             rise = torch.cat([rise, value.clamp_max(spare) - loss - value])
@@ -293,6 +290,10 @@ class _Refinement:
             if found is None:
                 return None
             step = found / (1 + caution)
+            if again:
+                chosen = self._surprises(step, chosen, spare, loss)
+                if not any(len(part) for part in chosen):
+                    break
         return step
 
     def _surprises(
