@@ -235,6 +235,19 @@ def test_fixed_signs_give_the_same_optimum_when_none_flips(seed: int) -> None:
         assert mended == pytest.approx(everything, rel=1e-6)
 
 
+def test_flips_are_those_of_weights_with_a_fixed_sign() -> None:
+    """The last layer's weights occur in differences of two classes, which are exact anyway."""
+    graph, regions, row, _ = violated_edit(0)
+    for layer in ("linear1", "linear3"):
+        base = graph.parameters[f"{layer}.weight"].numpy().ravel()
+        bounds = ParametricBounds(graph, layer, exact=np.zeros(base.size, bool))
+        bounds.add_property(node_boxes(graph, regions[0]), row, np.zeros(1), 0.0, tag="p")
+        assert not bounds.flipped(np.zeros(base.size)).any()
+        assert not bounds.flipped(0.5 * base).any()
+        expected = (base != 0) & (layer == "linear1")
+        assert (bounds.flipped(-2.0 * base) == expected).all()
+
+
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_solved_edits_hold_on_samples(name: str) -> None:
     """The property holds at every sampled input of both regions for the LP's weights."""

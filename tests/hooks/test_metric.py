@@ -113,12 +113,21 @@ def test_a_costly_cheap_way_is_compared_with_the_editor(monkeypatch) -> None:
     called = []
     plain = hook._certify
     monkeypatch.setattr(hook, "_certify", lambda *a: called.append(plain(*a)) or called[-1])
+    start = copy.deepcopy(model)
     result = hook.finish(model)
     assert result.status is Verdict.CERTIFIED
     assert len(called) == 2
-    scores = [r.report.drawdown.score for r in called if r.report.drawdown is not None]
+
+    def total(module: nn.Module) -> float:
+        with torch.no_grad():
+            old, new = start(x), module(x)
+        lost = (old.argmax(1) != new.argmax(1)).double().mean()
+        change = (new - old).double().square().sum(1).mean() / old.double().std(0).square().sum()
+        return float(lost + change.sqrt())
+
+    assert total(result.model) == pytest.approx(min(total(r.model) for r in called), rel=1e-6)
     assert result.report.drawdown is not None
-    assert result.report.drawdown.score <= max(*scores, result.report.drawdown.score)
+    assert result.report.drawdown.total == pytest.approx(total(result.model), rel=1e-4)
     assert result.report.delta.l2 > 0
 
 

@@ -46,7 +46,7 @@ class EditedLayer:
 
     A tap is one multiplication of the layer; per (out, inp) there is at most one. Where ``exact``
     is False ``|w + d|`` is replaced by ``sign(w) (w + d)``: right until the sign flips, and wrong
-    (too optimistic) after that.
+    (too optimistic) after that. Sums of several weights are always exact.
     """
 
     name: str
@@ -61,9 +61,11 @@ class EditedLayer:
     exact: NDArray[np.bool_]
     size: int
     _magnitude: Integers = field(init=False)
+    _fixed: NDArray[np.bool_] = field(init=False)  #: weights whose sign was taken as unchanged
 
     def __post_init__(self) -> None:
         self._magnitude = np.full(len(self.base), -1, dtype=np.int64)
+        self._fixed = np.zeros(len(self.base), dtype=bool)
         order = np.argsort(self.out, kind="stable")
         self.out, self.inp, self.weight = self.out[order], self.inp[order], self.weight[order]
         self._start = np.searchsorted(self.out, np.arange(self.size + 1))
@@ -102,6 +104,11 @@ class EditedLayer:
             node.name, node.inputs[0], out, inp, weight, flat, columns.reshape(-1).numpy(),
             bias, bias_column, np.ones(len(flat), bool) if exact is None else exact, node.size,
         )  # fmt: skip
+
+    def flipped(self, delta: Floats) -> NDArray[np.bool_]:
+        """Weights (p,) whose sign was taken as unchanged and is not after the change ``delta``."""
+        after = self.base + delta
+        return self._fixed & (np.where(self.base < 0, -after, after) < 0)
 
     def add_infimum(
         self,
@@ -154,6 +161,7 @@ class EditedLayer:
         """``- |value| radius |w + d|`` through a shared column ``t >= |w + d|`` or a fixed sign."""
         amount = np.abs(value) * radius
         fixed = ~self.exact[weight]
+        self._fixed[weight[fixed]] = True
         sign = np.where(self.base[weight] < 0, -1.0, 1.0)
         np.subtract.at(into.const, row[fixed], (amount * np.abs(self.base[weight]))[fixed])
         into.entries.append((row[fixed], self.column[weight[fixed]], -(amount * sign)[fixed]))

@@ -85,7 +85,8 @@ class ParametricBounds:
         layer: name of the edited linear or convolution node.
         biases: also let the biases of later layers change, except those read anywhere else too.
         exact: flat mask of weights whose absolute value gets its own column; elsewhere the sign is
-            taken as unchanged, which is valid only for weights that keep it. None means all.
+            taken as unchanged, which is valid only for weights that keep it, see
+            :meth:`flipped`. None means all.
 
     Raises:
         UnsupportedOperationError: the layer's weight is shared, a later layer reads the edited
@@ -147,6 +148,13 @@ class ParametricBounds:
     def rows(self) -> LinearRows:
         """All rows so far, over all unknowns so far."""
         return self.builder.build(self.unknowns.count)
+
+    def flipped(self, delta: Floats) -> NDArray[np.bool_]:
+        """Weights, flat, whose sign the rows take as unchanged and that ``delta`` changes.
+
+        Where there is none the rows say what they claim.
+        """
+        return self._edited.flipped(delta)
 
     def add_property(
         self, boxes: Boxes, rows: Floats, offset: Floats, margin: float, tag: str

@@ -45,9 +45,17 @@ class Drawdown:
 
     @property
     def score(self) -> tuple[float, float]:
-        """For ranking edits: decisions lost, then relative output change."""
-        lost = 0.0 if self.agreement is None else 1.0 - self.agreement
-        return lost, self.relative
+        """Share of decisions lost, and relative output change."""
+        return 0.0 if self.agreement is None else 1.0 - self.agreement, self.relative
+
+    @property
+    def total(self) -> float:
+        """The sum of both, to compare edits by: less is better.
+
+        Neither alone: outputs need not be scores of decisions, and decisions may survive outputs
+        that are a hundred times too large.
+        """
+        return sum(self.score)
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ class Run:
             )
         drawdown = task.reference.drawdown(graph) if certified.holds else None
         if drawdown is not None and (
-            self.best is None or drawdown.score < self.best.drawdown.score
+            self.best is None or drawdown.total < self.best.drawdown.total
         ):
             self.best = _Best(candidate, certified, drawdown, method)
         checks = certified.check.per_property

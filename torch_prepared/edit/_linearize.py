@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Linearization", "MarginFunction"]
 
-AT_ONCE = 1 << 32  #: bytes of one region's gradients beyond which they are gathered by value
+AT_ONCE = 1 << 28  #: bytes of one region's gradients beyond which they are gathered by value
 PASS_MEMORY = 1 << 28  #: bytes of one pass of these
 BLOCK, BLOCK_FLOPS = 4, 4e7  #: most properties, and operations, of one backward pass
 

@@ -9,7 +9,7 @@ from torch_prepared.core.deadline import Deadline
 from torch_prepared.edit._base import Candidates, Editor, EditProblem, Norm, following
 from torch_prepared.edit._certify import LOW_DIMENSION
 from torch_prepared.edit.one_shot import OneShotEditor
-from torch_prepared.edit.refine import RefineEditor
+from torch_prepared.edit.refine import FEWEST_LEAVES, RefineEditor, affordable_leaves
 from torch_prepared.edit.sequential import SequentialEditor
 from torch_prepared.errors import InfeasibleEditError, SolverError
 
@@ -18,14 +18,16 @@ __all__ = ["AutoEditor"]
 logger = logging.getLogger(__name__)
 
 FALLBACK_SHARE = 0.6  #: of the time, at most, for the first certified edit
+LAST_SHARE = 0.25  #: of the time, kept for the last resort while nothing is certified
 
 
 class AutoEditor(Editor):
     """A quick one-shot edit as a safety net, then the editor that suits the regions.
 
     Regions with at most 16 coordinates of positive width are split (``refine``), and bounded whole
-    (``sequential``) if that fails; others, where splitting is hopeless, are bounded whole only.
-    Where nothing holds, one-shot edits of all layers are tried at last.
+    (``sequential``) if that fails; others, where splitting is hopeless, and those of networks too
+    large to bound many parts in time, are bounded whole only. Where nothing holds, one-shot edits
+    of all layers are tried at last.
     """
 
     name = "auto"
@@ -33,12 +35,14 @@ class AutoEditor(Editor):
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         reasons: list[str] = []
         found = held = False
-        for editor, share in self._plan(problem):
+        for editor, share in self._plan(problem, deadline):
             if isinstance(editor, OneShotEditor) and problem.options.norm is Norm.BEHAVIOR:
                 continue
             last_resort = isinstance(editor, OneShotEditor) and not editor.first_only
             if last_resort and held:
                 return
+            if isinstance(editor, SequentialEditor) and not held:
+                share -= LAST_SHARE
             stream, improved = editor.candidates(problem, deadline.share(share)), False
             try:
                 candidate = next(stream, None)
@@ -59,12 +63,13 @@ class AutoEditor(Editor):
         if not found:
             raise InfeasibleEditError("; ".join(reasons))
 
-    def _plan(self, problem: EditProblem) -> list[tuple[Editor, float]]:
+    def _plan(self, problem: EditProblem, deadline: Deadline) -> list[tuple[Editor, float]]:
         """Editors in order, each with its share of the time that is left when it starts."""
         regions = problem.batch.regions
         wide = int((regions.upper > regions.lower).sum(dim=1).max())
         if problem.options.norm in (Norm.L1, Norm.LINF, Norm.L1_PLUS_LINF):
             return [(OneShotEditor(), 1.0)]
         net = (OneShotEditor(first_only=True), FALLBACK_SHARE)
-        refine = [(RefineEditor(), 0.95)] if wide <= LOW_DIMENSION else []
+        splits = wide <= LOW_DIMENSION and affordable_leaves(problem, deadline) >= FEWEST_LEAVES
+        refine = [(RefineEditor(), 0.95)] if splits else []
         return [net, *refine, (SequentialEditor(), 1.0), (OneShotEditor(), 1.0)]

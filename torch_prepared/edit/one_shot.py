@@ -34,6 +34,7 @@ __all__ = ["OneShotEditor"]
 logger = logging.getLogger(__name__)
 
 EXTRA_SHARE = 0.4  #: of the time limit, for further layers once an edit is found
+SOLVER_SHARE, FIRST_SHARE = 0.5, 0.9  #: of the time left, for one program
 SIGN_ROUNDS = 8
 CLAIMED_VIOLATION = 1e-4
 PARTIAL_ROUNDS = 2  #: afterwards every weight gets its own column and no sign can surprise
@@ -120,9 +121,10 @@ class OneShotEditor(Editor):
                 if np.any(delta)
             }
             stored = problem.store(changed)
-            if self._holds(problem, layer, boxes, picks, stored):
+            lowest = self._lowest(problem, layer, boxes, picks, stored)
+            if lowest > 0:
                 break
-            margin *= 8
+            margin = max(8 * margin, margin - 2 * lowest)
         before = self._before(problem, layer)
         return Candidate(
             stored,
@@ -150,8 +152,9 @@ class OneShotEditor(Editor):
         """Minimal changes by parameter; signs of weights are fixed until they flip."""
         options = problem.options
         weight = problem.exact.node(layer).params["weight"]
-        base = weight.read(problem.exact.parameters).detach().reshape(-1).numpy()
-        exact = np.full(base.shape, len(base) <= EXACT_WEIGHTS)
+        count = weight.read(problem.exact.parameters).numel()
+        exact = np.full(count, count <= EXACT_WEIGHTS)
+        share = FIRST_SHARE if self.first_only else SOLVER_SHARE
         for attempt in range(SIGN_ROUNDS):
             bounds = ParametricBounds(problem.exact, layer, exact=exact)
             ends = []
@@ -167,7 +170,7 @@ class OneShotEditor(Editor):
             solution = solve(
                 program,
                 solver="clarabel" if norm is Norm.L2 else self.solver,
-                time_limit=None if deadline.seconds is None else max(0.5 * deadline.left, 1.0),
+                time_limit=None if deadline.seconds is None else max(share * deadline.left, 1.0),
                 threads=options.threads,
             )
             if solution.status is Status.INFEASIBLE:
@@ -179,27 +182,23 @@ class OneShotEditor(Editor):
                 )
             split = bounds.unknowns.split(solution.x)
             deltas = {name: split[block.name] for name, block in bounds.deltas.items()}
-            after = (
-                weight.read({weight.name: torch.from_numpy(deltas[weight.name])})
-                .reshape(-1)
-                .numpy()
-                + base
-            )
-            flipped = (np.sign(after) * np.where(base < 0, -1.0, 1.0) < 0) & ~exact
+            delta = weight.read({weight.name: torch.from_numpy(deltas[weight.name])})
+            flipped = bounds.flipped(delta.reshape(-1).numpy())
             if not flipped.any():
                 break
             exact = exact | flipped | (attempt >= PARTIAL_ROUNDS)
         return deltas, solution
 
-    def _holds(
+    def _lowest(
         self,
         problem: EditProblem,
         layer: str,
         boxes: list[dict[str, Interval]],
         picks: list[_Pick],
         stored: Mapping[str, Tensor],
-    ) -> bool:
-        """Whether interval propagation after the layer proves the rows for the stored weights."""
+    ) -> float:
+        """What interval propagation after the layer proves of the rows for the stored weights."""
+        found = np.inf
         changed = {name: value.double().cpu() for name, value in stored.items()}
         order = [node.name for node in problem.exact.nodes]
         fixed = order[: order.index(layer)]
@@ -214,9 +213,8 @@ class OneShotEditor(Editor):
                     problem.exact, region, after, torch.from_numpy(pick.rows)[None],
                     parameters=changed, shallow=True,
                 ).lower  # fmt: skip
-            if not bool((lower[0] + torch.from_numpy(pick.offset) > 0).all()):
-                return False
-        return True
+            found = min(found, float((lower[0] + torch.from_numpy(pick.offset)).min()))
+        return found
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from torch_prepared.edit._walk import Walk
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
 
-__all__ = ["RefineEditor"]
+__all__ = ["FEWEST_LEAVES", "RefineEditor", "affordable_leaves"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,18 @@ LEAF_SECONDS, FLOP_SECONDS = 5.5e-5, 3.4e-11  #: that one thread of the checker 
 CHECKING = 0.25  #: share of the time that checking may take
 SPARE_SECONDS = 1.1  #: times what checking is expected to take
 MOST_LEAVES = 200_000  #: a certificate's leaves, however much time there is
+FEWEST_LEAVES = 50  #: that must be affordable for splitting to be worth a try
+
+
+def affordable_leaves(problem: EditProblem, deadline: Deadline) -> float:
+    """Leaves, of all properties together, that can be checked in a fair part of the time left."""
+    return min(MOST_LEAVES, _pace(problem) * CHECKING * min(deadline.left, 3600.0))
+
+
+def _pace(problem: EditProblem) -> float:
+    """Leaves that the checker replays per second."""
+    each = LEAF_SECONDS + FLOP_SECONDS * crown_flops(problem.exact)
+    return (problem.options.threads or torch.get_num_threads()) / each
 
 
 @dataclass
@@ -110,6 +122,12 @@ class _Refinement:
 
     @classmethod
     def start(cls, problem: EditProblem, settings: RefineEditor, deadline: Deadline) -> _Refinement:
+        capacity = affordable_leaves(problem, deadline)
+        if capacity < FEWEST_LEAVES:
+            raise InfeasibleEditError(
+                f"got a network and a time limit with room for {capacity:.0f} leaves; expected at "
+                f"least {FEWEST_LEAVES}: use method 'sequential', or allow more time"
+            )
         vector = ParameterVector.chosen(problem.exact, problem.options.layers)
         origin = vector.flatten(problem.exact.parameters).detach().clone()
         generator = torch.Generator().manual_seed(problem.options.seed)
@@ -129,10 +147,7 @@ class _Refinement:
         walk = Walk(problem, vector, measure, origin, origin)
         forest = Forest(walk, rows, [SplitTree(r.batch, slack=0.01 * aim) for r in rows], generator)
         points = PointSet(walk, problem.properties, rows, aim, generator)
-        each = LEAF_SECONDS + FLOP_SECONDS * crown_flops(problem.exact)
-        pace = (problem.options.threads or torch.get_num_threads()) / each
-        capacity = min(MOST_LEAVES, pace * CHECKING * min(deadline.left, 3600.0))
-        return cls(settings, deadline, walk, aim, forest, points, capacity, pace)
+        return cls(settings, deadline, walk, aim, forest, points, capacity, _pace(problem))
 
     def candidates(self) -> Iterator[Candidate]:
         """Weights for which every leaf of every tree is proved, ever closer to the origin."""

@@ -55,6 +55,7 @@ FIRST_GROWTH = 0.25
 LEAST_GROWTH = 0.02
 DIRECT_SHARE = 0.4  #: of the time limit, for regions of full size from the start
 QUICK_SHARE = 0.015  #: of the time limit; where gradients take longer, growing is hopeless
+LEAST_SHARE = 0.1  #: of the time limit; growing is not begun with less
 GROWTH_SHARE = 0.5  #: of the time limit; afterwards regions have full size
 SHRINK_SHARE = 0.75  #: of the time limit, when shrinking ends
 RESTORE_STEPS = 15  #: on regions that may grow more slowly
@@ -104,6 +105,8 @@ class SequentialEditor(Editor):
             yield direct[0].candidate(direct[1], "restored")
         except InfeasibleEditError as error:
             logger.info("sequential, regions whole: %s", error)
+            if deadline.seconds is not None and deadline.left < LEAST_SHARE * deadline.seconds:
+                raise
         try:
             search, state = self._feasible(problem, deadline, True)
         except InfeasibleEditError:
@@ -212,10 +215,12 @@ class _Search:
 
     @property
     def _impatient(self) -> bool:
-        """Whether time is over, or better spent on growing, which takes many passes."""
+        """Whether no pass fits in any more, or time is better spent on growing, by many passes."""
         limit = self.deadline.seconds
-        if limit is None or self.deadline.over:
-            return self.deadline.over
+        if limit is None:
+            return False
+        if self.deadline.left < self.pass_seconds:
+            return True
         quick = self.pass_seconds < QUICK_SHARE * limit
         return quick and self.deadline.elapsed > self.patience * limit
 

@@ -56,4 +56,4 @@ def better(first: Finished | None, second: Finished) -> Finished:
         return second
     if second.status is not Verdict.CERTIFIED or second.report.drawdown is None:
         return first
-    return min(first, second, key=lambda r: r.report.drawdown.score)  # type: ignore[union-attr]
+    return min(first, second, key=lambda r: r.report.drawdown.total)  # type: ignore[union-attr]

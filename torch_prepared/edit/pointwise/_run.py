@@ -54,7 +54,7 @@ class Run:
 
     def edit(self, progress: bool) -> PointEditResult[nn.Module | OnnxNetwork | Graph]:
         """Propose with growing margins until the checker agrees; keep the least harmful."""
-        best: tuple[tuple[float, float], Proposed, _Verified, Drawdown | None] | None = None
+        best: tuple[float, Proposed, _Verified, Drawdown | None] | None = None
         last: Proposed | None = None
         problem = self.problem
         with tqdm(disable=not progress, unit="edit", desc="pointwise", leave=False) as bar:
@@ -78,9 +78,9 @@ class Run:
                         widen = max(widen, lack)
                         continue
                     lost = self._drawdown(proposed)
-                    score = (0.0, 0.0) if lost is None else lost.score
-                    if best is None or score < best[0]:
-                        best = score, proposed, verified, lost
+                    total = 0.0 if lost is None else lost.total
+                    if best is None or total < best[0]:
+                        best = total, proposed, verified, lost
                 if best is not None or widen == 0.0 or self.deadline.over:
                     break
                 margin = max(2.0 * problem.options.margin, problem.options.margin + 1.5 * widen)
