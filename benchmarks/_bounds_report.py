@@ -104,7 +104,25 @@ def table(source: Path) -> str:
             f"| {flops / row['matmul_flops']:.0%} | {moved / 1e9:.3f} "
             f"| {moved / row['copy_bytes']:.1%} | {'' if each is None else f'{each:.2f}'} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_growth(record)])
+
+
+def _growth(record: Row) -> list[str]:
+    """Time per region of our engine in large batches, over that in smaller ones."""
+    rows: list[Row] = record["rows"]  # type: ignore[assignment]
+    clock = times(int(str(record["threads"])))
+    each = {
+        (str(r["method"]), str(r["network"]), int(str(r["batch"]))): _number(r, clock)
+        / int(str(r["batch"]))
+        for r in rows
+        if r["engine"] == "ours" and "failure" not in r
+    }
+    lines = ["| method | network | time per region, batch 512 over 64 |", "|---|---|---|"]
+    for method, network, batch in each:
+        if batch == 512 and (method, network, 64) in each:
+            growth = each[method, network, 512] / each[method, network, 64]
+            lines.append(f"| {method} | {network} | {growth:.2f} |")
+    return lines
 
 
 def plot(source: Path, figure: Path) -> None:

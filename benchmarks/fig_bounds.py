@@ -128,7 +128,7 @@ def run(options: argparse.Namespace, output: Path) -> None:
                 print("time is over; the same command continues", file=sys.stderr)
                 return
             failed = [r["batch"] for r in rows if (*_key(r)[:2], r["engine"]) == (*key[:2], engine)
-                      and "failure" in r]  # fmt: skip
+                      and "failure" in r and int(str(r["batch"])) < batch]  # fmt: skip
             if failed:
                 row = {"network": network, "method": method, "batch": batch, "engine": engine,
                        "failure": f"{NOT_RUN} {failed[0]}"}  # fmt: skip

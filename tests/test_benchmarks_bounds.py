@@ -113,6 +113,26 @@ class TestRun:
         reasons = [r["failure"] for r in json.loads(output.read_text())["rows"]]
         assert reasons == ["more than 1 s"] * 2 + ["not run: failed at batch 1"] * 4
 
+    def test_a_failure_of_a_larger_batch_keeps_no_smaller_one_from_being_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def measured(engine: str, network: str, method: str, batch: int, _: object) -> object:
+            found = {"network": network, "method": method, "batch": batch, "engine": engine}
+            if batch == 512:
+                return {**found, "failure": "more than 1 s"}
+            return {**found, "seconds": 1.0, "cpu_seconds": 1.0, "width": 1.0, "memory_mb": 1.0}
+
+        monkeypatch.setattr(fig_bounds, "_measure", measured)
+        output = tmp_path / "bounds.json"
+        options = self.options(smoke=False, networks=["acasxu_1_1"], max_batch=512)
+        fig_bounds.run(options, output)
+        record = json.loads(output.read_text())
+        record["rows"] = [r for r in record["rows"] if r["batch"] == 512]
+        output.write_text(json.dumps(record))
+        fig_bounds.run(options, output)
+        again = json.loads(output.read_text())["rows"]
+        assert [r["batch"] for r in again if "failure" not in r] == [1, 1, 64, 64]
+
     def test_a_stopped_case_keeps_what_it_printed(self) -> None:
         assert fig_bounds._numbers(b'noise\n{"seconds": 2}\n{"seconds": 1}\n{"sec') == {
             "seconds": 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -123,3 +124,31 @@ def test_no_iterations_give_crown_and_nan_stays() -> None:
     huge = {"linear1.weight": graph.parameters["linear1.weight"] * 1e308}
     bad = compute_bounds(graph, regions, method="alpha-crown", parameters=huge, alpha=FEW)
     assert not any(math.isfinite(v) and v > 0 for v in bad.lower.flatten().tolist())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_iterates_build_on_the_best_intervals_so_far(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = mlp((3, 20, 20, 20, 2))
+    kind = alpha_crown._Native if native else alpha_crown._Plain
+    if not native:
+        monkeypatch.setattr(alpha_crown, "_native", lambda *arguments: None)
+    seen, run = [], kind.run
+
+    def watched(problem: alpha_crown.Problem) -> alpha_crown.BoundState:
+        state = run(problem)  # type: ignore[arg-type]
+        seen.append((dict(problem.known), state.boxes))
+        return state
+
+    monkeypatch.setattr(kind, "run", watched)
+    compute_bounds(graph, random_boxes(3, 2, 0, 1.0), method="alpha-crown", alpha=FEW)
+    assert len(seen) == FEW.iterations + 1
+    shrunk = 0
+    for (before, _), (after, _) in itertools.pairwise(seen):
+        for name, box in after.items():
+            assert bool((box.width <= before[name].width + 1e-12).all())
+            shrunk += int((box.width < before[name].width - 1e-9).sum())
+    assert shrunk > 0
+    for known, boxes in seen:
+        assert all(bool((boxes[n].width <= known[n].width + 1e-12).all()) for n in known)

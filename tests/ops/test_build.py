@@ -1,5 +1,7 @@
 """What is loaded, what the native library defines, and that the reference can replace it."""
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +57,25 @@ def test_benchmark_script_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.fig_kernels", "run", "--smoke", "--output"]
     subprocess.run([*command, str(output)], check=True, timeout=300, cwd=ROOT)
     assert '"fraction_of_copy"' in output.read_text()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of another C library")
+def test_freed_memory_is_kept_for_the_next_call() -> None:
+    """Convolutions with fresh absolute weights of 9 MB soon cause no page faults any more."""
+    code = """
+import resource, torch
+import torch_prepared.ops
+torch.set_num_threads(1)
+weight, x = torch.ones(512, 512, 3, 3), torch.ones(2, 512, 2, 2)
+def faults():
+    with torch.no_grad():
+        torch.conv2d(x, weight.abs(), None, 1, 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+start = max(faults() for _ in range(3))
+print(max(faults() for _ in range(20)) - start)
+"""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 1000

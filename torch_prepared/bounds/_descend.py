@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torch_prepared import ops
+from torch_prepared.bounds._guided import default_lines
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
@@ -62,8 +64,8 @@ class Setting:
         if alpha is not None or not isinstance(operator, ElementwiseOperator):
             return operator.pull_back(node, rows, self.inputs(node), self.table, alpha)
         if node.name not in self._lines:  # every pass goes through the same ones
-            box = self.boxes[node.inputs[0]].map(lambda end: end.flatten(1))
-            self._lines[node.name] = operator.lines(node, box)
+            box = self.boxes[node.inputs[0]]
+            self._lines[node.name] = default_lines(operator, node, box)
         return operator.through(rows, self._lines[node.name])
 
 
@@ -79,26 +81,27 @@ def descend(
 
     Args:
         setting: what is pulled back through.
-        pending: rows (b, s, *shape) by name of the value they are on.
-        const: (b, s).
+        pending: rows (b, s, *shape) by name of the value they are on; (1, s, *shape) where all
+            regions have the same and ``shallow`` is set.
+        const: (b or 1, s), as ``pending``.
         alphas: relaxation parameters by node; None for default lines.
         cuts: also evaluate over boxes on the way where all rows are on one value.
         shallow: stop at the first nonlinear values.
     """
-    boxes, best = setting.boxes, None
+    boxes, best, count = setting.boxes, None, len(setting.regions)
     for node in reversed(setting.graph.nodes):
         rows = pending.pop(node.name, None)
         if rows is None:
             continue
         if node.op == "input":
-            inputs = rows.flatten(2)
+            inputs = rows.flatten(2).expand(count, -1, -1)
             lower = const + setting.regions.minimum(inputs)
             return RowBound(lower if best is None else torch.maximum(best, lower), inputs, const)
         operator = lookup(node.op)
         stop = shallow and not operator.traits.affine
         if stop or (cuts and not pending and node.name in boxes):
             box = boxes[node.name].map(lambda end: end.flatten(1))
-            here = const + ops.concretize(rows.flatten(2), box.center, box.radius)
+            here = const + _minimum(rows.flatten(2), box)
             if stop:
                 const = here
                 continue
@@ -109,6 +112,14 @@ def descend(
             const = const + moved.bias
         for name, part in zip(node.inputs, moved.inputs, strict=True):
             pending[name] = pending[name] + part if name in pending else part
-    # The output does not depend on the input at all.
-    empty = const.new_zeros(*const.shape, setting.graph.input_size)
-    return RowBound(const if best is None else torch.maximum(best, const), empty, const)
+    # Nothing went as far as the input. A single zero stands for all its coefficients.
+    const = const.expand(count, -1)
+    none = const.new_zeros(()).expand(*const.shape, setting.graph.input_size)
+    return RowBound(const if best is None else torch.maximum(best, const), none, const)
+
+
+def _minimum(rows: Tensor, box: Interval) -> Tensor:
+    """Minima (b, s) of rows (b or 1, s, n) over boxes (b, n): common rows are two products."""
+    if len(rows) == 1 < len(box.lower):
+        return F.linear(box.center, rows[0]) - F.linear(box.radius, rows[0].abs())
+    return ops.concretize(rows, box.center, box.radius)

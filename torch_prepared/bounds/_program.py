@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared import ops
+from torch_prepared.bounds._guided import GuidedInterval, default_lines, reaches_up
 from torch_prepared.bounds._layout import Layout
 from torch_prepared.bounds._steps import Builder, Draft, SlotWeights
 from torch_prepared.core.graph import Graph, Node
@@ -95,7 +96,8 @@ class Bounder:
         """``box`` of the target's value, the program's scalars intersected with backward bounds.
 
         Gradients of the backward bounds pass through the intersection as if it were not there, so
-        that slopes whose bounds are worse at present go on moving.
+        that slopes whose bounds are worse at present go on moving. Without ``shares`` the result
+        remembers which slopes below the backward bounds alone would choose.
         """
         low, negated = self.lower(lines, boxes, shares)[0]
         lower, upper, where = box.lower.reshape(-1), box.upper.reshape(-1), self.where
@@ -103,10 +105,14 @@ class Bounder:
         tight = Interval(lower[where], upper[where]).intersect(new)
         if low.requires_grad:
             tight = pass_gradient(tight, new)
-        return Interval(
+        ends = (
             lower.index_put((where,), tight.lower).reshape_as(box.lower),
             upper.index_put((where,), tight.upper).reshape_as(box.upper),
         )
+        if shares is not None:  # which say the slopes
+            return Interval(*ends)
+        steep = reaches_up(box).reshape(-1).index_put((where,), reaches_up(new))
+        return GuidedInterval(*ends, steep.reshape_as(box.lower))
 
 
 class Lowered:
@@ -179,7 +185,6 @@ class Lowered:
         """Lines (4, b, n) of an activation in slot order."""
         if node.name not in self._lines:
             operator = cast(ElementwiseOperator, lookup(node.op))
-            box = boxes[node.inputs[0]].map(lambda end: end.flatten(1))
-            lines = torch.stack([*operator.lines(node, box)])
+            lines = torch.stack([*default_lines(operator, node, boxes[node.inputs[0]])])
             self._lines[node.name] = self.enter_lines(node, lines)
         return self._lines[node.name]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_prepared.bounds._guided import default_start
 from torch_prepared.core.graph import Graph, Node
 from torch_prepared.core.interval import Interval
 from torch_prepared.errors import UnsupportedOperationError
@@ -73,7 +74,7 @@ def start_alphas(
         if not isinstance(operator, ElementwiseOperator):
             continue
         try:
-            start = operator.alpha_start(node, boxes[node.inputs[0]])
+            start = default_start(operator, node, boxes[node.inputs[0]])
         except UnsupportedOperationError:
             continue
         spread = start.detach().unsqueeze(1).expand(-1, rows, *start.shape[1:])

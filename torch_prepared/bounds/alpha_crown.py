@@ -54,11 +54,14 @@ class AlphaOptions:
         iterations: steps of Adam.
         learning_rate: of the first step; slopes live in [0, 1].
         decay: factor on the learning rate after each step.
+        momentum: factors on Adam's first and second moments per step. Gradients change at once
+            when kinks are passed, so old ones say less than in the training of networks.
     """
 
     iterations: int = 20
     learning_rate: float = 0.25
     decay: float = 0.98
+    momentum: tuple[float, float] = (0.7, 0.9)
 
 
 class BoundState(NamedTuple):
@@ -84,6 +87,7 @@ def bound_rows_alpha(
     parameters: Parameters | None = None,
     known: Mapping[str, Interval] | None = None,
     options: AlphaOptions | None = None,
+    guided: bool = False,
     max_memory: int = DEFAULT_MEMORY,
 ) -> tuple[Tensor, Boxes]:
     """Lower bounds of output rows with optimized slopes.
@@ -95,6 +99,7 @@ def bound_rows_alpha(
         parameters: tensors that replace the graph's own.
         known: intervals proved elsewhere; intersected in.
         options: of the optimization.
+        guided: of the CROWN bounds to start from, as in ``crown.bound_nodes``.
         max_memory: bytes that slopes and their optimizer may take; regions go in parts.
 
     Returns:
@@ -110,7 +115,9 @@ def bound_rows_alpha(
     fixed = {name: value.detach() for name, value in table.items()}
     spread = rows.detach().expand(len(regions), *rows.shape[1:])
     with torch.no_grad():
-        boxes = bound_nodes(graph, regions, parameters=fixed, known=known, max_memory=max_memory)
+        boxes = bound_nodes(
+            graph, regions, parameters=fixed, known=known, guided=guided, max_memory=max_memory
+        )
         lower = bound_rows(graph, regions, boxes, spread, parameters=fixed).lower
     start = BoundState(lower, boxes)
     lowered = None if wants else _native(graph, regions, fixed, start)
@@ -189,9 +196,13 @@ def _readers(graph: Graph, name: str) -> tuple[Node, ...]:
 
 
 class Problem(ABC):
-    """What the optimizer needs: leaves, and an evaluation that is differentiable in them."""
+    """What the optimizer needs: leaves, and an evaluation that is differentiable in them.
+
+    ``known`` holds the best intervals so far; evaluations intersect with them.
+    """
 
     leaves: list[Tensor]
+    known: Boxes
 
     @abstractmethod
     def run(self) -> BoundState:
@@ -204,12 +215,19 @@ class Problem(ABC):
 
 
 def optimize(problem: Problem, start: BoundState, options: AlphaOptions) -> BoundState:
-    """Adam on all leaves; the best bound of every row and of every value."""
-    best, boxes = start.lower, dict(start.boxes)
+    """Adam on all leaves; the best bound of every row and of every value.
+
+    Each iterate builds its lines on the best intervals of all before it. What it passes back to
+    slopes is the gradient of their own bounds all the same.
+    """
+    best = start.lower
+    problem.known = dict(start.boxes)
     if not problem.leaves or not options.iterations:
         return start
     fused = all(leaf.device.type == "cpu" for leaf in problem.leaves)
-    adam = torch.optim.Adam(problem.leaves, lr=options.learning_rate, fused=fused)
+    adam = torch.optim.Adam(
+        problem.leaves, lr=options.learning_rate, betas=options.momentum, fused=fused
+    )
     rate = torch.optim.lr_scheduler.ExponentialLR(adam, options.decay)
     for step in range(options.iterations + 1):
         with torch.set_grad_enabled(step < options.iterations):
@@ -217,7 +235,7 @@ def optimize(problem: Problem, start: BoundState, options: AlphaOptions) -> Boun
             loss = -state.lower.sum()
         # Comparisons with NaN are false: a NaN iterate is ignored, a NaN start stays.
         best = torch.where(state.lower.detach() > best, state.lower.detach(), best)
-        boxes = {name: _better(box, state.boxes[name]) for name, box in boxes.items()}
+        problem.known = {n: _better(box, state.boxes[n]) for n, box in problem.known.items()}
         if step == options.iterations:
             break
         adam.zero_grad(set_to_none=True)
@@ -226,7 +244,7 @@ def optimize(problem: Problem, start: BoundState, options: AlphaOptions) -> Boun
         rate.step()
         with torch.no_grad():
             problem.project()
-    return BoundState(best, boxes)
+    return BoundState(best, problem.known)
 
 
 def _better(old: Interval, new: Interval) -> Interval:
@@ -251,6 +269,7 @@ class _Native(Problem):
             raise ValueError(f"{graph.nodes[-1].name}: no native program for this network")
         self._lowered, self._graph, self._start = lowered, graph, start
         self._own: dict[str, tuple[Bounder, ops.RowShares]] = {}
+        self.known = start.boxes
         self.leaves = []
         for name in tightened_names(graph, regions.is_box):
             needed = needed_scalars(start.boxes[name], _readers(graph, name))
@@ -278,7 +297,7 @@ class _Native(Problem):
 
     def run(self) -> BoundState:
         """Bounds of all values in turn, then of the output rows."""
-        boxes, lines = dict(self._start.boxes), {}
+        boxes, lines = dict(self.known), {}
         for node in self._graph.nodes[1:]:
             operator = lookup(node.op)
             if isinstance(operator, ElementwiseOperator):
@@ -288,11 +307,11 @@ class _Native(Problem):
                 )
                 with torch.no_grad():
                     image = operator.interval(node, [boxes[node.inputs[0]]], {})
-                    boxes[node.name] = image.intersect(self._start.boxes[node.name])
+                    boxes[node.name] = image.intersect(self.known[node.name])
             elif node.name in self._own:
                 bounder, shares = self._own[node.name]
                 wanted = [lines[part.name] for part in bounder.activations]
-                old = self._start.boxes[node.name]
+                old = self.known[node.name]
                 boxes[node.name] = bounder.tighten(old, wanted, boxes, shares)
         bounder, shares = self._own[""]
         needed = [lines[node.name] for node in bounder.activations]
@@ -306,6 +325,7 @@ class _Plain(Problem):
         regions, rows, start = part
         self._graph, self._regions, self._table = graph, regions, table
         self._rows, self._start, self._max_memory = rows, start, max_memory
+        self.known = start.boxes
         targets = {}
         for name in tightened_names(graph, regions.is_box):
             order, counts = unstable_order(start.boxes[name], _readers(graph, name))
@@ -318,7 +338,7 @@ class _Plain(Problem):
 
     def run(self) -> BoundState:
         """Bounds at the present slopes."""
-        return self._bound(self._table, self._rows, self._start.boxes, cuts=False)
+        return self._bound(self._table, self._rows, self.known, cuts=False)
 
     def evaluate(
         self,

@@ -55,6 +55,17 @@ class Method(enum.Enum):
 
 
 @dataclass(frozen=True)
+class _Options:
+    """How rows are bounded; ``guided`` as in ``crown.bound_nodes``."""
+
+    method: Method
+    max_memory: int
+    alpha: AlphaOptions | None
+    sound: bool
+    guided: bool
+
+
+@dataclass(frozen=True)
 class MarginBounds:
     """Certified lower bounds for a batch of properties.
 
@@ -134,7 +145,8 @@ def compute_bounds(
     def bound(part: RegionBatch, own: Tensor) -> Tensor:
         if chain is not None:
             return chain.bounds(part.box, own[0] if len(own) == 1 else own).values
-        return _row_bounds(graph, part, own, chosen, parameters, max_memory, None, alpha, sound)[0]
+        options = _Options(chosen, max_memory, alpha, sound, guided=True)
+        return _row_bounds(graph, part, own, parameters, None, options)[0]
 
     spans = [slice(first, first + size) for first in range(0, len(batch), size)]
     parts = [bound(batch[span], both if len(both) == 1 else both[span]) for span in spans]
@@ -181,9 +193,8 @@ def certified_margin(
         else PropertyBatch.of(properties, torch.float64 if sound else graph.dtype, graph.device)
     )
     chosen = Method.named(method)
-    values, boxes = _row_bounds(
-        graph, batch.regions, batch.rows, chosen, parameters, max_memory, known, alpha, sound
-    )
+    options = _Options(chosen, max_memory, alpha, sound, guided=False)
+    values, boxes = _row_bounds(graph, batch.regions, batch.rows, parameters, known, options)
     values = values + batch.offset
     if sound:
         values = torch.nextafter(values, torch.full_like(values, -torch.inf))
@@ -210,15 +221,13 @@ def _row_bounds(
     graph: Graph,
     regions: RegionBatch,
     rows: Tensor,
-    method: Method,
     parameters: Mapping[str, Tensor] | None,
-    max_memory: int,
     known: Mapping[str, Interval] | None,
-    alpha: AlphaOptions | None,
-    sound: bool,
+    options: _Options,
 ) -> tuple[Tensor, dict[str, Interval]]:
     _check(graph, regions, rows, known or {})
-    if sound:
+    method, max_memory = options.method, options.max_memory
+    if options.sound:
         if method not in (Method.IBP, Method.CROWN_IBP, Method.CROWN):
             raise SpecError(
                 f"sound=True: got method {method.value!r}; expected 'ibp', 'crown-ibp' or 'crown'"
@@ -231,6 +240,7 @@ def _row_bounds(
             shallow=method is Method.IBP,
             parameters=parameters,
             known=known,
+            guided=options.guided,
             max_memory=max_memory,
         )
     if method is Method.ALPHA_CROWN:
@@ -240,7 +250,8 @@ def _row_bounds(
             rows,
             parameters=parameters,
             known=known,
-            options=alpha,
+            options=options.alpha,
+            guided=options.guided,
             max_memory=max_memory,
         )
     method = _resolve(method, graph, len(regions), rows, parameters, max_memory)
@@ -252,6 +263,7 @@ def _row_bounds(
         parameters=parameters,
         tighten=method is Method.CROWN,
         known=known,
+        guided=options.guided,
         max_memory=max_memory,
     )
     shallow = method is Method.IBP

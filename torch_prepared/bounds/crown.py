@@ -23,6 +23,7 @@ from torch import Tensor
 
 from torch_prepared.bounds._affine_prefix import affine_values, bound_affine_value
 from torch_prepared.bounds._descend import RowBound, Setting, descend
+from torch_prepared.bounds._guided import GuidedInterval, reaches_up
 from torch_prepared.bounds._program import Lowered, pass_gradient, programs_apply
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds._slopes import TargetSlopes
@@ -94,17 +95,22 @@ def bound_rows(
         if not regions.is_box:
             exact = found.const + regions.minimum(found.inputs)
             found = found._replace(lower=torch.maximum(found.lower, exact))
-    pending = {target.name: spread.reshape(*spread.shape[:2], *target.shape)}
-    const = spread.new_zeros(spread.shape[:2])
-    setting = Setting(graph, regions, boxes, table, pulls or {})
     if lowered is None:
-        found = descend(setting, dict(pending), const, alphas, cuts, shallow)
+        own = rows if shallow else spread  # affine values need no rows of each region's own
+        setting = Setting(graph, regions, boxes, table, pulls or {})
+        found = descend(setting, *_start(target, own), alphas, cuts, shallow)
     if not cuts or shallow or _is_chain(graph):
         return found
     # With branches the cuts met on the way need not include the first nonlinear values of all.
     setting = Setting(graph, regions, boxes, table)
-    floor = descend(setting, pending, const, None, cuts=False, shallow=True)
+    floor = descend(setting, *_start(target, rows), None, cuts=False, shallow=True)
     return found._replace(lower=torch.maximum(found.lower, floor.lower))
+
+
+def _start(target: Node, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows (b or 1, s, n) on a node's value, pending, and constants of zero."""
+    shaped = rows.reshape(*rows.shape[:2], *target.shape)
+    return {target.name: shaped}, rows.new_zeros(rows.shape[:2])
 
 
 def _is_chain(graph: Graph) -> bool:
@@ -123,6 +129,7 @@ def bound_nodes(
     known: Boxes | None = None,
     every: bool = False,
     slopes: Mapping[str, TargetSlopes] | None = None,
+    guided: bool = False,
     max_memory: int = DEFAULT_MEMORY,
 ) -> dict[str, Interval]:
     """An interval (b, *shape) for every node: interval arithmetic, tightened by backward passes.
@@ -137,6 +144,8 @@ def bound_nodes(
         every: tighten stable scalars too. Nothing then depends on values, as ``vmap`` needs.
         slopes: relaxation parameters of each row's own, and which scalars they bound, by name of
             the value; only these values are tightened then.
+        guided: choose slopes below kinks as backward passes alone would (see ``_guided``). Off,
+            intervals say everything about the lines on them, as the certificate checker expects.
         max_memory: bytes that the rows of one backward pass may take.
 
     Returns:
@@ -169,7 +178,7 @@ def bound_nodes(
             columns = _all(box) if every else unstable_order(box, readers[node.name])
             own = TargetSlopes(*columns, {})
             box = tighten_scalars(setting, node, box, own, max_memory)
-        boxes[node.name] = box
+        boxes[node.name] = box if guided else box.map(lambda end: end)
     return boxes
 
 
@@ -260,12 +269,15 @@ def tighten_scalars(
     new_lower = torch.cat([part.lower for part in parts], dim=1)
     new_upper = torch.cat([part.upper for part in parts], dim=1)
     old = Interval(lower.gather(1, order), upper.gather(1, order))
-    tight = old.intersect(Interval(new_lower, new_upper))
+    new = Interval(new_lower, new_upper)
+    tight = old.intersect(new)
     if slopes.through:
-        tight = pass_gradient(tight, Interval(new_lower, new_upper))
-    return Interval(
+        tight = pass_gradient(tight, new)
+    steep = torch.where(counts, reaches_up(new), reaches_up(old))
+    return GuidedInterval(
         lower.scatter(1, order, torch.where(counts, tight.lower, old.lower)).reshape_as(box.lower),
         upper.scatter(1, order, torch.where(counts, tight.upper, old.upper)).reshape_as(box.upper),
+        reaches_up(box).flatten(1).scatter(1, order, steep).reshape_as(box.lower),
     )
 
 

@@ -29,6 +29,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from torch_prepared.bounds._guided import GuidedInterval, default_lines, reaches_up
 from torch_prepared.bounds._regions import RegionBatch
 from torch_prepared.bounds.crown import needed_scalars, tightened_names, unstable_order
 from torch_prepared.core.graph import Graph, Node
@@ -138,8 +139,8 @@ class _Sound:
         """Lines of an activation in float64, which hold with their rounding."""
         if node.name not in self._lines:
             operator = cast(KernelActivation, lookup(node.op))  # interval() refuses others
-            box = self.boxes[node.inputs[0]].map(lambda end: end.flatten(1))
-            self._lines[node.name] = operator.lines(node, box)
+            box = self.boxes[node.inputs[0]]
+            self._lines[node.name] = default_lines(operator, node, box)
         return self._lines[node.name]
 
     def descend(self, start: str, rows: Tensor, cuts: bool, shallow: bool = False) -> Tensor:
@@ -226,6 +227,7 @@ def sound_bounds(
     shallow: bool = False,
     parameters: Parameters | None = None,
     known: Mapping[str, Interval] | None = None,
+    guided: bool = False,
     max_memory: int = 1 << 30,
 ) -> tuple[Tensor, Boxes]:
     """Lower bounds (b, s) of output rows and an interval for every value, in float64.
@@ -238,6 +240,7 @@ def sound_bounds(
         shallow: stop the rows at the first nonlinear values.
         parameters: tensors that replace the graph's own.
         known: intervals proved elsewhere; intersected in as they are.
+        guided: as in ``crown.bound_nodes``.
         max_memory: bytes that the rows of one backward pass may take.
 
     Raises:
@@ -265,7 +268,8 @@ def sound_bounds(
             box = box.intersect(known[node.name].map(lambda end: end.double()))
         work.boxes[node.name] = box
         if node.name in chosen:
-            work.boxes[node.name] = _tightened(work, node, box, max_memory)
+            box = _tightened(work, node, box, max_memory)
+            work.boxes[node.name] = box if guided else box.map(lambda end: end)
     last = graph.nodes[-1]
     spread = rows.double().expand(len(regions), *rows.shape[1:])
     spread = spread.reshape(*spread.shape[:2], *last.shape)
@@ -286,13 +290,16 @@ def _tightened(work: _Sound, node: Node, box: Interval, max_memory: int) -> Inte
     order, counts = unstable_order(box, readers)
     largest = max(n.size for n in work.graph.nodes)
     size = max(1, max_memory // (64 * order.shape[0] * largest))
-    lower, upper = box.lower.flatten(1), box.upper.flatten(1)
+    lower, upper, steep = (end.flatten(1) for end in (box.lower, box.upper, reaches_up(box)))
     for part, used in zip(order.split(size, dim=1), counts.split(size, dim=1), strict=True):
         units = unit_rows(part, node, lower)
         found = work.descend(node.name, torch.cat([units, -units], dim=1), cuts=False)
         low, high = found.chunk(2, dim=1)
         old = Interval(lower.gather(1, part), upper.gather(1, part))
-        tight = old.intersect(Interval(low, -high))
+        new = Interval(low, -high)
+        tight = old.intersect(new)
+        choice = torch.where(used, reaches_up(new), reaches_up(old))
         lower = lower.scatter(1, part, torch.where(used, tight.lower, old.lower))
         upper = upper.scatter(1, part, torch.where(used, tight.upper, old.upper))
-    return Interval(lower.reshape_as(box.lower), upper.reshape_as(box.upper))
+        steep = steep.scatter(1, part, choice)
+    return GuidedInterval(*(end.reshape_as(box.lower) for end in (lower, upper, steep)))

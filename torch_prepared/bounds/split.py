@@ -126,7 +126,7 @@ class _Split(Problem):
         signs: Signs,
     ) -> None:
         self._graph, self._regions, self._table = graph, regions, table
-        self._rows, self._boxes = rows, start.boxes
+        self._rows, self._boxes, self.known = rows, start.boxes, start.boxes
         count = rows.shape[1]
         self._alphas = start_alphas(graph, start.boxes, graph.nodes[-1].name, count)
         # Multipliers have the size of the rows they are subtracted from.
