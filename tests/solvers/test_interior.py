@@ -214,3 +214,21 @@ def test_symmetric_product(m: int) -> None:
     found = self_product(rows, rows * weight)
     assert torch.equal(found, found.mT)
     assert torch.allclose(found, rows @ (rows * weight).mT, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m"), [(140, 300), (150, 150), (300, 140)])
+def test_large_programs_agree_with_highs(n: int, m: int) -> None:
+    center, rows, rhs = problem(2, n, m, n + m)
+    one = torch.ones(n, dtype=torch.float64)
+    found = solve_lp_batch(rows, rhs, weight=one, center=center, fallback=False)
+    assert found.report.statuses == (Status.OPTIMAL,) * 2
+    assert float(found.report.violation.max()) <= 1e-8
+    shifted = (rhs[0] - rows[0] @ center[0]).numpy()
+    both = np.hstack([-rows[0].numpy(), rows[0].numpy()])
+    expected = solve(
+        LinearProgram(
+            np.ones(2 * n), LinearRows(both, -shifted), np.zeros(2 * n), np.full(2 * n, np.inf)
+        )
+    )
+    distance = float((found.x[0] - center[0]).abs().sum())
+    assert distance == pytest.approx(expected.objective, rel=1e-7)

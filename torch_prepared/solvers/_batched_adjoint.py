@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_prepared.solvers._batched_dual import batch_indices, compress
+from torch_prepared.solvers._batched_gram import batch_indices, compress
 from torch_prepared.solvers._batched_separable import SeparableBatch, transposed
 
 __all__ = ["Adjoint"]

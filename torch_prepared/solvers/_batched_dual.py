@@ -14,18 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_prepared.solvers._complementarity import interior_point
+from torch_prepared.solvers._batched_central import interior_point
+from torch_prepared.solvers._batched_gram import Gram, compress
 from torch_prepared.solvers._result import Status
 from torch_prepared.solvers.projection import project
 
-__all__ = [
-    "CODES",
-    "Duals",
-    "batch_indices",
-    "compress",
-    "solve_duals",
-    "take_block",
-]
+__all__ = ["CODES", "Duals", "solve_duals"]
 
 CODES = (Status.OPTIMAL, Status.INFEASIBLE, Status.UNKNOWN)  #: meaning of ``Duals.code``
 _OPTIMAL, _INFEASIBLE, _UNKNOWN = range(3)
@@ -33,10 +27,10 @@ _RESIDUAL_TOLERANCE = 1e-10  #: KKT residual at which a dual counts as solved
 _FARTHEST = 1e4  #: a step this many times longer than the way to one half-space: infeasible
 _LENGTH_NOISE = 2e-8  #: rounding of |J^T ray| relative to the sum of |ray_i J_i|
 _CENTRAL_ACCURACY = 1e-14  #: mean complementarity at which an interior-point run ends
-_CENTRAL_FIRST, _CENTRAL_RATIO = 4e-6, 1e-2  #: where pivoting is tried on the way
-_FAINT = 1e-4  #: share of a ray's largest entry below which a row is noise
+_STEADY = 0.04  #: share of the rows guessed that may change before pivoting is tried
+_FAINT = (1e-4, 1e-2, 0.3)  #: shares of a ray's largest entry below which a row may be noise
 _PIVOTS = 12
-_PATIENCE = 3  #: block swaps without progress before giving up
+_PATIENCE, _HASTE = 3, 1  #: block swaps without progress before giving up; within iterations
 _RIDGE = 1e-13  #: relative to a unit diagonal; removed again by iterative refinement
 
 
@@ -58,26 +52,20 @@ class Duals:
 
 
 def solve_duals(
-    gram: Tensor,
-    q: Tensor,
-    equal: Tensor | None = None,
-    *,
-    rows: Tensor | None = None,
-    start: Tensor | None = None,
+    gram: Gram, q: Tensor, equal: Tensor | None = None, *, start: Tensor | None = None
 ) -> Duals:
     """Multipliers of the projections of 0 onto ``{d : J d >= q}`` from ``G = J M^{-1} J^T``.
 
     Args:
-        gram: (b, m, m) float64, symmetric positive semidefinite.
+        gram: symmetric positive semidefinite.
         q: (b, m) float64, finite.
         equal: (m,) rows with ``J d == q``, whose multipliers have no sign; None: none.
-        rows: (b, m, n) with ``G = rows @ rows.T``; used where n < m.
         start: (b, m) mask of the rows expected to be active; None: the violated ones.
     """
     if not q.numel():
         none = torch.zeros_like(q)
         return Duals(none, q.new_zeros(len(q), dtype=torch.long), q.new_zeros(len(q)), none)
-    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    norms = gram.norms()
     dead = norms == 0.0
     asks = q > 0.0 if equal is None else (q > 0.0) | (equal & (q != 0.0))
     stuck = dead & asks
@@ -85,12 +73,10 @@ def solve_duals(
     target = torch.where(dead, -1.0, q * scale)
     size = torch.where(asks & ~dead, target.abs(), 0.0).amax(1, keepdim=True)
     target = target / torch.where(size > 0.0, size, 1.0)
-    unit = (gram * scale[:, :, None]).mul_(scale[:, None, :])
-    unit.diagonal(dim1=1, dim2=2).add_(dead.to(unit))
     free = None if equal is None or not bool(equal.any()) else equal & ~dead.all(0)
-    wide = rows is None or rows.shape[2] >= rows.shape[1]
-    scaled_rows = None if rows is None or wide else rows * scale[:, :, None]
-    found = _solve_unit(unit, target, free, scaled_rows, start)
+    # A row of zeros that asks for nothing is never active, so only equality needs its diagonal.
+    lone = torch.zeros_like(dead) if free is None else dead & free
+    found = _solve_unit(gram.scaled(scale, lone), target, free, start)
     idle = size[:, 0] == 0.0
     blocked = stuck.any(1)
     multipliers = torch.where(idle[:, None], 0.0, found.multipliers * scale * size)
@@ -105,9 +91,7 @@ def solve_duals(
     )
 
 
-def _solve_unit(
-    gram: Tensor, q: Tensor, free: Tensor | None, rows: Tensor | None, start: Tensor | None
-) -> Duals:
+def _solve_unit(gram: Gram, q: Tensor, free: Tensor | None, start: Tensor | None) -> Duals:
     """:func:`solve_duals` with unit diagonal and ``max(q) == 1``."""
     batch = len(q)
     found = Duals(
@@ -116,16 +100,16 @@ def _solve_unit(
     )  # fmt: skip
     guess = q > 0.0 if start is None else start
     # Pivoting hopes for independent rows: in vain where rows are many and many of them violated.
-    hopeful = guess.sum(1) <= (gram.shape[1] if rows is None else rows.shape[2] // 2)
+    hopeful = guess.sum(1) <= (q.shape[1] if gram.rank is None else gram.rank // 2)
     first = hopeful.nonzero()[:, 0]
     if len(first):
-        x, residual = _pivot(gram[first], q[first], free, guess[first])
-        _record(found, first, x, residual)
+        part = gram if len(first) == batch else gram.take(first)
+        _record(found, first, *_pivot(part, q[first], free, guess[first]))
     left = (found.code == _UNKNOWN).nonzero()[:, 0]
     if len(left):
-        _Central(found, left, gram, q, free, rows).run()
-    for sample in (found.code == _UNKNOWN).nonzero()[:, 0].tolist():
-        _solve_single(found, sample, gram[sample], q[sample], free)
+        _Central(found, left, gram, q, free).run()
+    for sample in (found.code == _UNKNOWN).nonzero()[:, 0]:
+        _solve_single(found, int(sample), gram.take(sample[None]).whole()[0], q[sample], free)
     return found
 
 
@@ -133,64 +117,74 @@ class _Central:
     """An interior-point run on the samples ``left``, left early for an exact active set."""
 
     def __init__(
-        self, found: Duals, left: Tensor, gram: Tensor, q: Tensor, free: Tensor | None,
-        rows: Tensor | None,
-    ) -> None:  # fmt: skip
+        self, found: Duals, left: Tensor, gram: Gram, q: Tensor, free: Tensor | None
+    ) -> None:
         everything = len(left) == len(q)
         self.found, self.left, self.free = found, left, free
-        self.gram, self.q = (gram, q) if everything else (gram[left], q[left])
-        self.rows = rows if rows is None or everything else rows[left]
-        self.tries = torch.zeros_like(left)
+        self.gram, self.q = (gram, q) if everything else (gram.take(left), q[left])
+        self.guess = torch.zeros_like(self.q, dtype=torch.bool)
+        self.most = q.shape[1] if gram.rank is None else min(gram.rank, q.shape[1])
 
     def run(self) -> None:
         """Record what comes out of it."""
         found, left = self.found, self.left
         x = interior_point(
-            self.gram, self.q, self._ends, free=self.free, rows=self.rows,
-            accuracy=_CENTRAL_ACCURACY,
-        )  # fmt: skip
+            self.gram, self.q, self._ends, free=self.free, accuracy=_CENTRAL_ACCURACY
+        )
         everyone = (found.code[left] == _UNKNOWN).nonzero()[:, 0]
-        image = (self.gram @ x[:, :, None])[:, :, 0]
-        self._identify(everyone, x, image - self.q)
-        refuted = is_ray(image, self.q, x) & (found.code[left] == _UNKNOWN)
-        found.code[left[refuted]] = _INFEASIBLE
-        for i in refuted.nonzero()[:, 0].tolist():
-            found.ray[left[i]] = _purified(self.gram[i], self.q[i], x[i], self.free)
-
-    def _ends(self, x: Tensor, image: Tensor) -> Tensor:
-        """Samples that need no more iterations: a ray, or settled by pivoting from here, (b,)."""
-        slack = image - self.q
-        mean = (x * slack).abs().mean(1)
-        accuracy = _CENTRAL_FIRST * _CENTRAL_RATIO ** self.tries.to(x)
-        ready = (mean <= accuracy) & (self.found.code[self.left] == _UNKNOWN)
-        self.tries += ready.to(self.tries)
-        self._identify(ready.nonzero()[:, 0], x, slack)
-        return is_ray(image, self.q, x) | (self.found.code[self.left] != _UNKNOWN)
-
-    def _identify(self, which: Tensor, x: Tensor, slack: Tensor) -> None:
-        """Settle the samples ``which`` by the rows that matter more than they are slack."""
-        if not len(which):
+        if not len(everyone):
             return
-        index = self.left[which]
-        every = len(which) == len(self.q)
-        gram, q = (self.gram, self.q) if every else (self.gram[which], self.q[which])
-        guess = x[which] > slack[which]
+        image = self.gram.times(x)
+        slack = image - self.q
+        central = torch.where(x > slack, x, 0.0)[everyone]
+        gram, q = self._part(everyone)
+        _record(found, left[everyone], central, _residual(gram, q, central, self.free))
+        self._identify(everyone, x[everyone] > slack[everyone], _PATIENCE)
+        for i in (found.code[left] == _UNKNOWN).nonzero()[:, 0]:
+            gram, q = self.gram.take(i[None]), self.q[i]
+            pure = (_purified(gram, q, x[i], self.free, faint) for faint in _FAINT)
+            for ray in (*pure, x[i]):
+                if bool(is_ray(gram.times(ray[None]), q[None], ray[None])):
+                    found.code[left[i]], found.ray[left[i]] = _INFEASIBLE, ray
+                    break
+
+    def _ends(self, index: Tensor, x: Tensor, image: Tensor, guess: Tensor) -> Tensor:
+        """Samples that need no more iterations: a ray, or settled by pivoting from here, (c,)."""
         guess = guess if self.free is None else guess | self.free
-        central = torch.where(guess, x[which], 0.0)
-        _record(self.found, index, central, _residual(gram, q, central, self.free))
-        _record(self.found, index, *_pivot(gram, q, self.free, guess))
+        count = guess.sum(1)
+        changed = (guess ^ self.guess[index]).sum(1)
+        self.guess[index] = guess
+        ready = (count > 0) & (count <= self.most) & (changed <= _STEADY * count)
+        ready &= self.found.code[self.left[index]] == _UNKNOWN
+        chosen = ready.nonzero()[:, 0]
+        self._identify(index[chosen], guess[chosen], _HASTE)
+        solved = self.found.code[self.left[index]] != _UNKNOWN
+        return is_ray(image, self.q[index], x) | solved
+
+    def _part(self, which: Tensor) -> tuple[Gram, Tensor]:
+        every = len(which) == len(self.q)
+        return (self.gram, self.q) if every else (self.gram.take(which), self.q[which])
+
+    def _identify(self, which: Tensor, guess: Tensor, patience: int) -> None:
+        """Settle the samples ``which`` by pivoting from a guess of their active rows."""
+        if len(which):
+            gram, q = self._part(which)
+            found = _pivot(gram, q, self.free, guess, patience)
+            _record(self.found, self.left[which], *found)
 
 
-def _purified(gram: Tensor, q: Tensor, ray: Tensor, free: Tensor | None) -> Tensor:
+def _purified(gram: Gram, q: Tensor, ray: Tensor, free: Tensor | None, faint: float) -> Tensor:
     """The ray (m,) without the rows that only an interior point weighs, if it is then shorter."""
     ray = ray / ray.abs().amax()
-    rows = (ray.abs() > _FAINT).nonzero()[:, 0]
-    values, vectors = torch.linalg.eigh(gram[rows][:, rows])
+    index, valid = compress((ray.abs() > faint)[None])
+    rows = index[0]
+    values, vectors = torch.linalg.eigh(gram.block(index, valid)[0])
     null = vectors[:, values <= 1e-11 * values.amax()]
     pure = torch.zeros_like(ray)
     pure[rows] = null @ (null.T @ ray[rows])
     signed = pure if free is None else torch.where(free, 0.0, pure)
-    better = (pure @ gram @ pure) < (ray @ gram @ ray)
+    length, before = ((v * gram.times(v[None])[0]).sum() for v in (pure, ray))
+    better = length < before
     return pure if bool(better & (signed.amin() >= 0.0) & (q @ pure > 0.0)) else ray
 
 
@@ -235,7 +229,9 @@ def is_ray(image: Tensor, q: Tensor, ray: Tensor) -> Tensor:
     return (q * ray).sum(1) > _FARTHEST * length.clamp_min(torch.finfo(q.dtype).tiny)
 
 
-def _pivot(gram: Tensor, q: Tensor, free: Tensor | None, active: Tensor) -> tuple[Tensor, Tensor]:
+def _pivot(
+    gram: Gram, q: Tensor, free: Tensor | None, active: Tensor, patience: int = _PATIENCE
+) -> tuple[Tensor, Tensor]:
     """Block principal pivoting: best multipliers (b, m) and their KKT residuals (b,).
 
     Source: Judice and Pires, "A block principal pivoting algorithm for large-scale strictly
@@ -246,13 +242,13 @@ def _pivot(gram: Tensor, q: Tensor, free: Tensor | None, active: Tensor) -> tupl
     active = active | bound
     best, best_residual = torch.zeros_like(q), torch.full_like(q[:, 0], torch.inf)
     fewest = torch.full_like(q[:, 0], q.shape[1] + 1.0)
-    patience = torch.full_like(fewest, _PATIENCE)
+    swaps = torch.full_like(fewest, patience)
     index = torch.arange(len(q), device=q.device)
     for _ in range(_PIVOTS):
         if not len(index):
             break
         whole = len(index) == len(q)
-        part, target, on = gram if whole else gram[index], q[index], active[index]
+        part, target, on = gram if whole else gram.take(index), q[index], active[index]
         x, slack = _restricted(part, target, on)
         noise = 1e-14 * x.abs().amax(1, keepdim=True).clamp_min(1.0)
         wrong = torch.where(on, (x < -noise) & ~bound, ~(slack >= -noise))
@@ -264,56 +260,30 @@ def _pivot(gram: Tensor, q: Tensor, free: Tensor | None, active: Tensor) -> tupl
         count = wrong.sum(1)
         fell = count < fewest[index]
         fewest[index] = torch.where(fell, count.to(fewest), fewest[index])
-        patience[index] = torch.where(fell, float(_PATIENCE), patience[index] - 1.0)
+        swaps[index] = torch.where(fell, float(patience), swaps[index] - 1.0)
         active[index] = on ^ wrong
-        going = (count > 0) & (patience[index] >= 0) & (residual > 1e-15)
+        going = (count > 0) & (swaps[index] >= 0) & (residual > 1e-15)
         index = index[going]
     return best, best_residual
 
 
-def _residual(gram: Tensor, q: Tensor, x: Tensor, free: Tensor | None) -> Tensor:
+def _residual(gram: Gram, q: Tensor, x: Tensor, free: Tensor | None) -> Tensor:
     """Largest ``|min(x, G x - q)|`` (``|G x - q|`` on free entries), (b,); inf for NaN."""
-    slack = (gram @ x[:, :, None])[:, :, 0] - q
+    slack = gram.times(x) - q
     lack = torch.minimum(x, slack)
     size = (lack if free is None else torch.where(free, slack, lack)).abs().amax(1)
     return torch.where(size.isnan(), torch.inf, size)
 
 
-def _restricted(gram: Tensor, q: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+def _restricted(gram: Gram, q: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Multipliers that meet the active rows with equality, and the slack of every row, (b, m)."""
     index, valid = compress(active)
-    block = take_block(gram, index, valid)
-    ridged = block.clone()
-    ridged.diagonal(dim1=1, dim2=2).add_(_RIDGE)
-    factor, info = torch.linalg.cholesky_ex(ridged)
+    block = gram.block(index, valid)
+    block.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+    factor, info = torch.linalg.cholesky_ex(block)
     lack = torch.where(valid, q.gather(1, index), 0.0)[:, :, None]
     inner = torch.cholesky_solve(lack, factor)
-    inner = inner + torch.cholesky_solve(lack - block @ inner, factor)
+    inner = inner + torch.cholesky_solve(lack - block @ inner + _RIDGE * inner, factor)
     inner = torch.where((info == 0)[:, None, None], inner, torch.nan)
     x = torch.zeros_like(q).scatter(1, index, torch.where(valid, inner[:, :, 0], 0.0))
-    return x, (gram @ x[:, :, None])[:, :, 0] - q
-
-
-def compress(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the true entries of each row of ``mask`` (b, m), padded to the longest row.
-
-    Returns:
-        ``index`` (b, k) and ``valid`` (b, k); padding points at false entries, each once.
-    """
-    width = int(mask.sum(1).max()) if mask.numel() else 0
-    index = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :width]
-    return index, mask.gather(1, index)
-
-
-def batch_indices(index: Tensor) -> Tensor:
-    """(b, 1), to index the batch axis beside ``index`` (b, k)."""
-    return torch.arange(len(index), device=index.device)[:, None]
-
-
-def take_block(gram: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """Rows and columns ``index`` (b, k) of ``gram`` (b, m, m); the identity where not valid."""
-    each = batch_indices(index)[:, :, None]
-    block = gram[each, index[:, :, None], index[:, None, :]]
-    block = torch.where(valid[:, :, None] & valid[:, None, :], block, 0.0)
-    block.diagonal(dim1=1, dim2=2).add_((~valid).to(block))
-    return block
+    return x, gram.times(x) - q

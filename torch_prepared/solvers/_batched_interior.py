@@ -6,20 +6,23 @@ and prices of the bounds, every iteration solves one system per sample,
 ``H dx + A^T dy = g,  A dx - (s / y) dy = f``,  H diagonal,
 
 in whichever of its sizes, m or n, is smaller. On its way it tries the vertex that the larger of
-each complementary pair suggests; most linear programs end there, exact, long before the
-iterations converge.
+each complementary pair suggests, or the one that shrinks less; most linear programs end there,
+exact, long before the iterations converge.
 
 Source: Mehrotra, "On the implementation of a primal-dual interior point method" (SIAM J. Optim.
-2, 1992).
+2, 1992); Gondzio, "Multiple centrality corrections in a primal-dual method for linear
+programming" (Comput. Optim. Appl. 6, 1996); El-Bakry, Tapia and Zhang, "A study of indicators for
+identifying zero variables in interior-point methods" (SIAM Review 36, 1994).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
+from torch_prepared.solvers._batched_barrier import Model, Pairs, Point
 from torch_prepared.solvers._batched_newton import Exact, keep_better, solve_vertex
 from torch_prepared.solvers._batched_separable import SeparableBatch, times, transposed
 from torch_prepared.solvers._complementarity import self_product
@@ -29,118 +32,22 @@ __all__ = ["run_interior"]
 _LIMIT = 60
 _ACCURATE = 1e-12  #: mean complementarity at which a run ends
 _FIRST, _RATIO = 3e-4, 0.1  #: mean complementarity where vertices are tried
+_EARLIEST = 1e-2  #: mean complementarity where what shrinks first suggests vertices as well
 _SHORTEST = 1e-6  #: a step this short is stagnation
 _DIVERGED = 1e9  #: multipliers this large have become a ray
 _SOFT = 1e-11  #: curvature of columns that have none; a proximal term, without bias
 _SHIFT = 1e-14  #: of the normal matrix, relative to its diagonal
 _INSIDE = 0.9995  #: share of the way to the boundary
-
-
-@dataclass
-class _Point:
-    """An iterate, or a change of it.
-
-    Rows have slack s and price y, (b, m); kinks p, q and t, bounds prices low and high, (b, n).
-    """
-
-    x: Tensor
-    s: Tensor
-    p: Tensor
-    q: Tensor
-    y: Tensor
-    t: Tensor
-    low: Tensor
-    high: Tensor
-
-    def take(self, index: Tensor) -> _Point:
-        return _Point(*(getattr(self, field.name)[index] for field in fields(self)))
-
-
-@dataclass
-class _Pairs:
-    """Complementary pairs: values (moved with x) and prices (moved with y), each a list."""
-
-    values: list[Tensor]
-    prices: list[Tensor]
-
-    def products(self) -> list[Tensor]:
-        return [v * z for v, z in zip(self.values, self.prices, strict=True)]
-
-
-class _Model:
-    """A batch with the masks of what has a slack, a kink, a lower and an upper bound."""
-
-    def __init__(self, batch: SeparableBatch) -> None:
-        self.batch = batch
-        self.fixed = batch.lower >= batch.upper
-        self.masks = [
-            (~batch.equal).expand_as(batch.rhs),
-            (batch.weight > 0.0) & ~self.fixed,
-            (batch.weight > 0.0) & ~self.fixed,
-            batch.lower.isfinite() & ~self.fixed,
-            batch.upper.isfinite() & ~self.fixed,
-        ]
-        self.count = sum(
-            (mask.sum(1).to(batch.rhs) for mask in self.masks), batch.rhs.new_zeros(())
-        )
-        self.count = self.count.clamp_min(1.0)
-        self.used = [bool(mask.any()) for mask in self.masks]
-        self.straight = ~(batch.curve > 0.0).any(1)
-        self.narrow = batch.size[2] < batch.size[1] and not bool(batch.equal.any())
-
-    def start(self, x: Tensor) -> _Point:
-        """A point well inside every pair, near x (b, n)."""
-        batch = self.batch
-        room = 0.25 * (batch.upper - batch.lower).clamp_max(4.0)
-        x = torch.maximum(torch.minimum(x, batch.upper - room), batch.lower + room)
-        x = torch.where(self.fixed, batch.lower, x)
-        gap = batch.rhs - times(batch.rows, x)
-        lack = torch.where(batch.equal, gap.abs(), -gap).amax(1, keepdim=True).clamp_min(1e-2)
-        away = x - batch.center
-        p = away.clamp_min(0.0) + lack
-        one = torch.ones_like(x)
-        _, kink, _, low, high = self.masks
-        return _Point(
-            x, torch.where(batch.equal, 0.0, torch.maximum(gap, lack)),
-            torch.where(kink, p, 1.0), torch.where(kink, p - away, 1.0),
-            torch.where(batch.equal, 0.0, torch.ones_like(gap)),
-            torch.zeros_like(x), low * one, high * one,
-        )  # fmt: skip
-
-    def pairs(self, at: _Point) -> _Pairs:
-        """The pairs at a point, 1 and 1 where there is none."""
-        batch = self.batch
-        values = [at.s, at.p, at.q, at.x - batch.lower, batch.upper - at.x]
-        prices = [at.y, batch.weight - at.t, batch.weight + at.t, at.low, at.high]
-        return _Pairs(self._masked(values, 1.0), self._masked(prices, 1.0))
-
-    def changes(self, d: _Point) -> _Pairs:
-        """How the pairs move, 0 where there is none."""
-        values = self._masked([d.s, d.p, d.q, d.x, -d.x], 0.0)
-        return _Pairs(values, self._masked([d.y, -d.t, d.t, d.low, d.high], 0.0))
-
-    def _masked(self, values: list[Tensor], other: float) -> list[Tensor]:
-        triples = zip(values, self.masks, self.used, strict=True)
-        return [torch.where(mask, value, other) for value, mask, used in triples if used]
-
-    def spread(self, values: list[Tensor]) -> list[Tensor]:
-        """Back to one entry per kind of pair; those not used are never read."""
-        rest = iter(values)
-        return [next(rest) if used else self.count for used in self.used]
-
-    def mean(self, products: list[Tensor]) -> Tensor:
-        """Mean of ``value * price`` over the pairs there are, (b,)."""
-        total: Tensor = self.batch.rhs.new_zeros(())
-        masks = [mask for mask, used in zip(self.masks, self.used, strict=True) if used]
-        for product, mask in zip(products, masks, strict=True):
-            total = total + torch.where(mask, product, 0.0).sum(1)
-        return total.expand(len(self.batch.rhs)) / self.count
+_CORRECTORS = 2  #: of centrality, at most, in an iteration
+_LARGE = 128  #: least size of its systems where an iteration saved is worth more solves
+_OUTLIER = 10.0  #: products this many times off their target are corrected
+_AHEAD, _GAIN = 0.3, 1.01  #: how far beyond its length a step is corrected; what it must gain
 
 
 class _System:
     """Residuals and the factored Newton system at a point."""
 
-    def __init__(self, model: _Model, at: _Point, pairs: _Pairs) -> None:
+    def __init__(self, model: Model, at: Point, pairs: Pairs) -> None:
         batch = model.batch
         self.model, self.at, self.rows = model, at, batch.rows
         self.pull = batch.cost + batch.curve * (at.x - batch.anchor) + transposed(self.rows, at.y)
@@ -166,11 +73,11 @@ class _System:
         rows = self.rows if self.rows.dim() == 3 else self.rows[None]
         if self.model.narrow:
             scaled = (rows * self.ratio.rsqrt()[:, :, None]).mT
-            matrix = self_product(scaled, scaled)
+            matrix = self_product(scaled, scaled, lower=True)
             matrix.diagonal(dim1=1, dim2=2).add_(torch.where(self.model.fixed, 1e100, stiff))
         else:
             scaled = rows * self.soft.sqrt()[:, None, :]
-            matrix = self_product(scaled, scaled)
+            matrix = self_product(scaled, scaled, lower=True)
             matrix.diagonal(dim1=1, dim2=2).add_(self.ratio)
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         diagonal.mul_(1.0 + _SHIFT).add_(_SHIFT * diagonal.amax(1, keepdim=True) + 1e-300)
@@ -178,7 +85,7 @@ class _System:
         worked: Tensor = info == 0
         return worked
 
-    def solve(self, aim: list[Tensor]) -> _Point:
+    def solve(self, aim: list[Tensor]) -> Point:
         """The change that moves the product of every pair by ``aim``, to first order."""
         at, model, batch = self.at, self.model, self.model.batch
         rows_aim, p_aim, q_aim, low_aim, high_aim = model.spread(aim)
@@ -196,7 +103,7 @@ class _System:
         dx, dy, moved = self._solve(goal, need)
         zero = torch.zeros_like(dx)
         ds = torch.where(batch.equal, 0.0, -self.lack - moved)
-        change = _Point(dx, ds, zero, zero, dy, zero, zero, zero)
+        change = Point(dx, ds, zero, zero, dy, zero, zero, zero)
         if model.used[1]:
             change.t = (dx - inner) * self.bend
             change.p = torch.where(model.masks[1], (p_aim + p * change.t) / zp, 0.0)
@@ -239,8 +146,9 @@ def run_interior(batch: SeparableBatch, x: Tensor, tolerance: float) -> tuple[Ex
     )  # fmt: skip
     last = torch.zeros_like(batch.rhs)
     left = torch.arange(len(x), device=x.device)
-    model = _Model(batch)
+    model = Model(batch)
     at = model.start(x)
+    before = at
     tries, short = torch.zeros_like(x[:, 0]), torch.zeros_like(left, dtype=torch.bool)
     for turn in range(_LIMIT + 1):
         pairs = model.pairs(at)
@@ -248,6 +156,9 @@ def run_interior(batch: SeparableBatch, x: Tensor, tolerance: float) -> tuple[Ex
         ready = mean <= _FIRST * _RATIO**tries
         tries = tries + ready.to(tries)
         _try_vertices(best, left, model, at, pairs, ready)
+        if turn and _costly(model):
+            hopeful = (mean <= _EARLIEST) & ~(best.residual[left] <= tolerance)
+            _try_vertices(best, left, model, at, pairs, hopeful, model.pairs(before))
         solved = best.residual[left] <= tolerance
         over = solved | short | (mean <= _ACCURATE) | (_largest(at.y) > _DIVERGED)
         if turn == _LIMIT:
@@ -260,10 +171,15 @@ def run_interior(batch: SeparableBatch, x: Tensor, tolerance: float) -> tuple[Ex
                 break
             left, tries, at = left[going], tries[going], at.take(going)
             batch, mean = batch.take(going), mean[going]
-            model = _Model(batch)
+            model = Model(batch)
             pairs = model.pairs(at)
+        before = at
         at, short = _advance(model, at, pairs, _System(model, at, pairs), mean)
     return best, last
+
+
+def _costly(model: Model) -> bool:
+    return min(model.batch.size[1:]) >= _LARGE
 
 
 def _largest(value: Tensor) -> Tensor:
@@ -271,8 +187,8 @@ def _largest(value: Tensor) -> Tensor:
 
 
 def _advance(
-    model: _Model, at: _Point, pairs: _Pairs, system: _System, mean: Tensor
-) -> tuple[_Point, Tensor]:
+    model: Model, at: Point, pairs: Pairs, system: _System, mean: Tensor
+) -> tuple[Point, Tensor]:
     """One predictor-corrector step; and the samples that could not move, (b,)."""
     products = pairs.products()
     ahead = model.changes(system.solve([-product for product in products]))
@@ -289,21 +205,47 @@ def _advance(
         target - product - dv * dz
         for product, dv, dz in zip(products, ahead.values, ahead.prices, strict=True)
     ]
-    change = system.solve(aim)
-    primal, dual = (_INSIDE * size for size in _lengths(model, pairs, model.changes(change)))
+    change, primal, dual = _centered(model, pairs, system, aim, target)
+    primal, dual = _INSIDE * primal, _INSIDE * dual
     sound = change.x.isfinite().all(1) & change.y.isfinite().all(1) & system.worked
     short = ~(torch.maximum(primal, dual)[:, 0] >= _SHORTEST) | ~sound
     primal = torch.where(sound[:, None], primal, 0.0)
     dual = torch.where(sound[:, None], dual, 0.0)
     moved_to = {}
-    for field in fields(_Point):
+    for field in fields(Point):
         size = primal if field.name in ("x", "s", "p", "q") else dual
         d = torch.where(sound[:, None], getattr(change, field.name), 0.0)
         moved_to[field.name] = getattr(at, field.name) + size * d
-    return _Point(**moved_to), short
+    return Point(**moved_to), short
 
 
-def _lengths(model: _Model, pairs: _Pairs, moves: _Pairs) -> tuple[Tensor, Tensor]:
+def _centered(
+    model: Model, pairs: Pairs, system: _System, aim: list[Tensor], target: Tensor
+) -> tuple[Point, Tensor, Tensor]:
+    """The change towards ``aim``, corrected while that lengthens it; lengths of its two parts."""
+    change = system.solve(aim)
+    primal, dual = _lengths(model, pairs, model.changes(change))
+    for _ in range(_CORRECTORS if _costly(model) else 0):
+        moves = model.changes(change)
+        far, beyond = (primal + _AHEAD).clamp_max(1.0), (dual + _AHEAD).clamp_max(1.0)
+        more = []
+        for k, (value, price) in enumerate(zip(pairs.values, pairs.prices, strict=True)):
+            product = (value + far * moves.values[k]) * (price + beyond * moves.prices[k])
+            wanted = product.minimum(_OUTLIER * target).maximum(target / _OUTLIER)
+            more.append(aim[k] + (wanted - product).maximum(-_OUTLIER * target))
+        other = system.solve(more)
+        longer, farther = _lengths(model, pairs, model.changes(other))
+        gains = longer + farther >= _GAIN * (primal + dual)
+        if not bool(gains.any()):
+            break
+        change = change.replaced(gains, other)
+        aim = [torch.where(gains, new, old) for new, old in zip(more, aim, strict=True)]
+        primal = torch.where(gains, longer, primal)
+        dual = torch.where(gains, farther, dual)
+    return change, primal, dual
+
+
+def _lengths(model: Model, pairs: Pairs, moves: Pairs) -> tuple[Tensor, Tensor]:
     """Longest steps of values and prices, (b, 1); the same where curvature ties x to prices."""
     primal, dual = _reach(pairs.values, moves.values), _reach(pairs.prices, moves.prices)
     both = torch.minimum(primal, dual)
@@ -323,10 +265,21 @@ def _reach(values: list[Tensor], changes: list[Tensor]) -> Tensor:
     return length
 
 
-def _suggested(model: _Model, at: _Point, pairs: _Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Points with what is at a kink or bound exactly there, the free columns, the tight rows."""
+def _suggested(
+    model: Model, at: Point, pairs: Pairs, before: Pairs | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Points with what is at a kink or bound exactly there, the free columns, the tight rows.
+
+    Of each pair that vanishes which is smaller, or shrank more since ``before``.
+    """
     batch = model.batch
     values, prices = model.spread(pairs.values), model.spread(pairs.prices)
+    if before is not None:
+        old_values, old_prices = model.spread(before.values), model.spread(before.prices)
+        values, prices = (
+            [v * z for v, z in zip(values, old_prices, strict=True)],
+            [z * v for v, z in zip(old_values, prices, strict=True)],
+        )
     x, free = at.x, ~model.fixed
     if model.used[1]:
         center = model.masks[1] & (values[1] <= prices[1]) & (values[2] <= prices[2])
@@ -335,26 +288,33 @@ def _suggested(model: _Model, at: _Point, pairs: _Pairs) -> tuple[Tensor, Tensor
         if model.used[side]:
             there = model.masks[side] & (values[side] <= prices[side])
             x, free = torch.where(there, bound, x), free & ~there
-    return x, free, batch.equal | (at.y > at.s)
+    tight = batch.equal.expand_as(batch.rhs)
+    return x, free, tight | (prices[0] > values[0]) if model.used[0] else tight
 
 
 def _try_vertices(
-    best: Exact, left: Tensor, model: _Model, at: _Point, pairs: _Pairs, ready: Tensor
-) -> None:
+    best: Exact, left: Tensor, model: Model, at: Point, pairs: Pairs, ready: Tensor,
+    before: Pairs | None = None,
+) -> None:  # fmt: skip
     """Solve exactly for the suggested vertices of the samples that are ``ready``."""
+    if not bool(ready.any()):
+        return
+    x, free, tight = _suggested(model, at, pairs, before)
+    if before is not None:  # on the way, only what would be a vertex
+        ready = ready & (free.sum(1) == tight.sum(1))
     index = ready.nonzero()[:, 0]
     if not len(index):
         return
-    x, free, tight = (value[index] for value in _suggested(model, at, pairs))
+    x, free, tight = x[index], free[index], tight[index]
     part = model.batch if len(index) == len(left) else model.batch.take(index)
     keep_better(best, left[index], part, *solve_vertex(part, x, free, tight), free, tight)
 
 
-def _keep_points(best: Exact, left: Tensor, model: _Model, at: _Point, index: Tensor) -> None:
+def _keep_points(best: Exact, left: Tensor, model: Model, at: Point, index: Tensor) -> None:
     """The interior points themselves, where no vertex was better."""
     if not len(index):
         return
     at = at.take(index)
-    part = _Model(model.batch.take(index))
-    x, free, tight = _suggested(part, at, part.pairs(at))
+    part = Model(model.batch.take(index))
+    x, free, tight = _suggested(part, at, part.pairs(at), None)
     keep_better(best, left[index], part.batch, x, at.y, free, tight)

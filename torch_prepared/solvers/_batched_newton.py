@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_prepared.solvers._batched_dual import batch_indices, compress
+from torch_prepared.solvers._batched_gram import batch_indices, compress
 from torch_prepared.solvers._batched_separable import SeparableBatch, times, transposed
 
 __all__ = ["Exact", "keep_better", "solve_exactly", "solve_vertex"]

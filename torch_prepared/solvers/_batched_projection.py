@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from torch_prepared.errors import SolverError
-from torch_prepared.solvers._batched_dual import (
-    CODES,
+from torch_prepared.solvers._batched_dual import CODES, solve_duals
+from torch_prepared.solvers._batched_gram import (
+    DenseGram,
+    Gram,
+    RowsGram,
     compress,
-    solve_duals,
-    take_block,
+    worthwhile,
 )
 from torch_prepared.solvers._batched_report import (
     BatchReport,
@@ -160,7 +162,7 @@ class _Data:
         self.rows = rows.double() if shared else rows
         self.metric, self.inverse = metric, inverse
         self.one_gram = shared and (metric is None or metric.dim() == 1)
-        self.gram: Tensor | None = None
+        self.shared: Tensor | None = None
 
     def chunk(self, part: slice) -> _Chunk:
         """The samples of ``part``."""
@@ -183,20 +185,22 @@ class _Chunk:
             return self.inverse(v).double()
         return v if self.weight is None else v / self.weight
 
-    def gram(self) -> Tensor:
-        """``A M^{-1} A^T``, (c, m, m), or (1, m, m) when shared."""
-        if self.data.gram is not None:
-            return self.data.gram
-        rows = self.rows if self.rows.dim() == 3 else self.rows[None]
-        other = rows
-        if self.inverse is not None:
-            other = self.inverse(rows).double()
-        elif self.weight is not None:
-            other = rows / (self.weight[:, None] if self.weight.dim() == 2 else self.weight)
-        gram = self_product(rows, other)
-        if self.data.one_gram:
-            self.data.gram = gram
-        return gram
+    def gram(self, count: int) -> Gram:
+        """``A M^{-1} A^T`` of ``count`` samples."""
+        if _is_plain(self.data):
+            return RowsGram(self.rows)
+        matrix = self.data.shared
+        if matrix is None:
+            rows = self.rows if self.rows.dim() == 3 else self.rows[None]
+            other = rows
+            if self.inverse is not None:
+                other = self.inverse(rows).double()
+            elif self.weight is not None:
+                other = rows / (self.weight[:, None] if self.weight.dim() == 2 else self.weight)
+            matrix = self_product(rows, other)
+            if self.data.one_gram:
+                self.data.shared = matrix
+        return DenseGram(matrix.expand(count, -1, -1))
 
     def neutralize(self, sound: Tensor) -> None:
         """Zero rows for the samples that are not sound (c,)."""
@@ -218,9 +222,9 @@ class _Chunk:
 class _Active:
     """Solves ``A_S M^{-1} A_S^T w = r`` for the active rows S of each sample."""
 
-    def __init__(self, gram: Tensor, active: Tensor) -> None:
+    def __init__(self, gram: Gram, active: Tensor) -> None:
         self.index, self.valid = compress(active)
-        block = take_block(gram.expand(len(active), -1, -1), self.index, self.valid)
+        block = gram.block(self.index, self.valid)
         self.scale = block.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
         self.block = block.mul_(self.scale[:, :, None]).mul_(self.scale[:, None, :])
         ridged = self.block.clone()
@@ -240,10 +244,18 @@ class _Active:
         return torch.zeros_like(r).scatter(1, self.index, w)
 
 
-def _chunks(count: int, rows: Tensor, budget: int) -> list[slice]:
-    m, n = rows.shape[-2:]
-    each = 8 * (5 * m * m + (2 * m * n if rows.dim() == 3 else 4 * n))
-    budget = min(budget, _CACHE) if rows.device.type == "cpu" else budget
+def _is_plain(data: _Data) -> bool:
+    """Whether the Gram matrices are formed only as far as needed."""
+    own = data.rows.dim() == 3 and data.metric is None and data.inverse is None
+    return own and worthwhile(data.rows)
+
+
+def _chunks(count: int, data: _Data, budget: int) -> list[slice]:
+    m, n = data.rows.shape[-2:]
+    each = 8 * (5 * m * m + (2 * m * n if data.rows.dim() == 3 else 4 * n))
+    if _is_plain(data):
+        each = min(each, 8 * (3 * m * n + 5 * n * n))
+    budget = min(budget, _CACHE) if data.rows.device.type == "cpu" else budget
     size = max(1, budget // max(each, 1))
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
@@ -266,7 +278,7 @@ class _Project(torch.autograd.Function):
         size = 16 * len(x0) * rows.shape[-2] ** 2
         keep = any(ctx.needs_input_grad) and size <= task.max_memory
         parts, ctx.systems = [], []
-        for part in _chunks(len(x0), rows, task.max_memory):
+        for part in _chunks(len(x0), data, task.max_memory):
             found, system = _forward_chunk(part, x0, rhs, data, task, keep)
             parts.append(found)
             ctx.systems.append(system)
@@ -298,15 +310,15 @@ class _Project(torch.autograd.Function):
         grad_rhs = torch.empty_like(rhs) if need_rhs else None
         grad_metric = torch.zeros_like(metric) if need_metric else None
         data = _Data(rows, metric, ctx.task.inverse_metric)
-        parts = _chunks(len(x0), rows, ctx.task.max_memory)
+        parts = _chunks(len(x0), data, ctx.task.max_memory)
         for part, system in zip(parts, ctx.systems, strict=True):
             chunk = data.chunk(part)
             alive = solved[part, None]
             if rows.dim() == 3 and not bool(alive.all()):
                 chunk.neutralize(alive[:, 0])
-            g = torch.where(alive, grad[part].double(), 0.0)
+            g, u = torch.where(alive, grad[part].double(), 0.0), multipliers[part]
             h = chunk.apply_inverse(g)
-            system = system or _Active(chunk.gram(), active[part])
+            system = system or _Active(chunk.gram(len(u)), active[part])
             w = system.solve(chunk.times(h))
             back = chunk.transposed(w)
             v = h - chunk.apply_inverse(back)
@@ -314,7 +326,7 @@ class _Project(torch.autograd.Function):
                 grad_x0[part] = g - back
             if grad_rhs is not None:
                 grad_rhs[part] = w
-            u, point = multipliers[part], torch.where(alive, x[part], 0.0)
+            point = torch.where(alive, x[part], 0.0)
             if grad_rows is not None and rows.dim() == 2:
                 grad_rows.sub_((u.T @ v + w.T @ point).to(rows.dtype))
             elif grad_rows is not None:
@@ -341,20 +353,16 @@ def _forward_chunk(
     """
     chunk = data.chunk(part)
     point, bound = x0[part].double(), rhs[part].double()
-    gram = chunk.gram()
-    # A row that is not finite shows in its square.
-    sound = gram.diagonal(dim1=1, dim2=2).isfinite().all(1)
+    gram = chunk.gram(len(point))
+    # A row that is not finite shows in its norm.
+    sound = gram.norms().isfinite().all(1)
     sound = sound & point.isfinite().all(1) & bound.isfinite().all(1)
-    if chunk.rows.dim() == 3 and not bool(sound.all()):
+    if not bool(sound.all()):
         chunk.neutralize(sound)
-        gram = torch.where(sound[:, None, None], gram, 0.0)
+        gram = chunk.gram(len(point))
     point, bound = torch.where(sound[:, None], point, 0.0), torch.where(sound[:, None], bound, 0.0)
-    plain = chunk.weight is None and chunk.inverse is None and chunk.rows.dim() == 3
     start = None if task.start is None else task.start[part]
-    duals = solve_duals(
-        gram.expand(len(point), -1, -1), chunk.times(point) - bound, task.equal,
-        rows=chunk.rows if plain else None, start=start,
-    )  # fmt: skip
+    duals = solve_duals(gram, chunk.times(point) - bound, task.equal, start=start)
     multipliers = duals.multipliers
     active = multipliers != 0.0
     if task.equal is not None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torch_prepared.errors import SolverError
-from torch_prepared.solvers._batched_dual import CODES, Duals, compress, solve_duals, take_block
+from torch_prepared.solvers._batched_dual import CODES, Duals, solve_duals
+from torch_prepared.solvers._batched_gram import DenseGram, compress, take_block
 from torch_prepared.solvers._batched_report import (
     BatchReport,
     check_floating,
@@ -132,7 +133,7 @@ class _Stream:
         gram, value, reach = sums
         if not bool(gram.isfinite().all() & value.isfinite().all() & self.rhs.isfinite().all()):
             return self.failed(None, begin)
-        duals = solve_duals(gram[None], (value - self.rhs)[None], self.equal)
+        duals = solve_duals(DenseGram(gram[None]), (value - self.rhs)[None], self.equal)
         solved = duals.code == CODES.index(Status.OPTIMAL)
         if float(self.agreed(solved)) < 1.0:
             return self.failed(None if bool(solved) else duals, begin)

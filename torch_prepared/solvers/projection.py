@@ -25,11 +25,9 @@ from torch import Tensor
 
 from torch_prepared.core.rows import Floats
 from torch_prepared.errors import SolverError
-from torch_prepared.solvers._complementarity import (
-    ProximalStep,
-    interior_point,
-    kkt_residual,
-)
+from torch_prepared.solvers._batched_central import interior_point
+from torch_prepared.solvers._batched_gram import DenseGram
+from torch_prepared.solvers._complementarity import ProximalStep, kkt_residual
 from torch_prepared.solvers._result import Status
 
 __all__ = ["DualProjection", "gram_matrix", "project"]
@@ -177,9 +175,9 @@ def _solve_all(
     if first[1] is not Status.UNKNOWN:
         return first
     slow = interior_point(
-        torch.from_numpy(gram)[None],
+        DenseGram(torch.from_numpy(gram)[None]),
         torch.from_numpy(q)[None],
-        lambda point, _: torch.tensor([_is_ray(gram, q, point[0].numpy())]),
+        lambda _, point, *__: torch.tensor([_is_ray(gram, q, point[0].numpy())]),
     )[0].numpy()
     if _is_ray(gram, q, slow):
         return np.zeros_like(q), Status.INFEASIBLE, 1.0, slow / slow.max()
