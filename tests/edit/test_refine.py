@@ -9,6 +9,7 @@ import torch_prepared as tp
 from tests.helpers import mlp
 from torch_prepared.edit import EDITORS
 from torch_prepared.edit.refine import _Refinement
+from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Box, Property, SafeSet
 
@@ -62,6 +63,36 @@ def test_the_way_home_comes_closer_and_loses_no_proof(monkeypatch: pytest.Monkey
     home = distance()
     monkeypatch.setattr(_Refinement, "_go_home", lambda self: None)
     assert home < 0.9 * distance()
+
+
+def test_an_interrupt_on_the_way_home_keeps_what_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, prop = setting(1)
+    proved = _Refinement._prove
+
+    def interrupted(self: _Refinement, rounds: int, raises: int) -> None:
+        proved(self, rounds, raises)
+        if raises == 0:  # on the way home, after a step
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Refinement, "_prove", interrupted)
+    result = tp.edit_network(
+        graph, prop, method="refine", domain=(-1.0, 1.0), time_limit=60, threads=1
+    )
+    assert result.status is tp.Verdict.CERTIFIED
+    assert result.report.method == "refine"
+    assert [attempt.certified for attempt in result.report.attempts] == [True]
+
+
+def test_trees_that_cannot_be_checked_in_time_are_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, prop = setting(0)
+    monkeypatch.setattr("torch_prepared.edit.refine.FLOP_SECONDS", 1.0)
+    with pytest.raises(InfeasibleEditError, match=r"room for 0 leaves.*'sequential'"):
+        tp.edit_network(graph, prop, method="refine", domain=(-1.0, 1.0), time_limit=20)
+    result = tp.edit_network(graph, prop, method="auto", domain=(-1.0, 1.0), time_limit=5)
+    assert result.status is tp.Verdict.CERTIFIED
+    assert "refine" not in {attempt.method for attempt in result.report.attempts}
 
 
 def test_every_editor_is_listed() -> None:

@@ -159,13 +159,20 @@ class _Refinement:
         self._prove(ROUNDS, RAISES)
         if not self._is_done():
             raise InfeasibleEditError(self._what_is_missing())
-        self._go_home()
+        interrupted = False
+        try:
+            self._go_home()
+        except KeyboardInterrupt:
+            logger.warning("interrupted: checking what is proved so far; again to stop at once")
+            interrupted = True
         yield Candidate(
             self.walk.stored(),
             note=f"{self.forest.leaf_count} leaves",
             proofs=self.forest.proofs(),
             details={"distance": self.walk.distance()},
         )
+        if interrupted:
+            raise KeyboardInterrupt
 
     def _prove(self, rounds: int, raises: int) -> None:
         """Grow and lift until every leaf is proved, in float64 at last, or rounds are over.
@@ -261,21 +268,23 @@ class _Refinement:
         self._aim_at(HOME_AIM * self.aim)
         while not self._out_of_time() and caution < MOST_CAUTION and drop < most:
             kept, distance = (self.walk.theta, self.forest.trees), self.walk.distance()
-            room = max(0.0, 1.0 - self.forest.leaf_count / self.capacity)
-            step = self._step_home(caution, drop * room)
-            if step is None:
-                return
-            self.walk.theta = self.walk.theta + step
-            self.forest.trees = self.forest.copy().trees
-            self._prove(HOME_ROUNDS, 0)
-            closer, done = self.walk.distance(), self._is_done()
+            room, gained = max(0.0, 1.0 - self.forest.leaf_count / self.capacity), False
+            try:
+                step = self._step_home(caution, drop * room)
+                if step is None:
+                    return
+                self.walk.theta = self.walk.theta + step
+                self.forest.trees = self.forest.copy().trees
+                self._prove(HOME_ROUNDS, 0)
+                closer, done = self.walk.distance(), self._is_done()
+                gained = done and closer < HOME_GAIN * distance
+            finally:  # also when interrupted
+                if not gained:
+                    self.walk.theta, self.forest.trees = kept
             logger.info(
                 "home: caution %g, drop %g, %s, distance %g -> %g",
                 caution, drop, "proved" if done else "not proved", distance, closer,
             )  # fmt: skip
-            gained = done and closer < HOME_GAIN * distance
-            if not gained:
-                self.walk.theta, self.forest.trees = kept
             if gained:
                 caution, drop = max(0.5 * caution, LEAST_CAUTION), 2.0 * drop
             elif done:
