@@ -12,6 +12,8 @@ from torch_prepared.edit._base import EditOptions, EditProblem
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._distance import BehaviorDistance, QuadraticDistance, quadratic_distance
 from torch_prepared.edit._loss import BehaviorLoss
+from torch_prepared.edit._metric import Metric, euclidean_metric
+from torch_prepared.edit._sketch import FlatSketch
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Box, Property, SafeSet
@@ -155,3 +157,49 @@ def test_float32_points_count_as_inside_of_boxes_thinner_than_their_spacing() ->
     assert not bool(box.contains(points + 1e-6, rounding=True)[0])
     nan = torch.tensor([[float("nan"), 0.7]])
     assert not bool(box.contains(nan, rounding=True)[0])
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+@pytest.mark.parametrize("kind", ["few", "repeated", "most", "none"])
+def test_projections_on_many_rows_need_few_of_them(
+    kind: str, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sketch = FlatSketch(torch.randn(20, 500, generator=generator))
+    distance = QuadraticDistance(Metric(1.0, sketch).damped(damping))
+    jacobian = torch.randn(400, 500, generator=generator, dtype=torch.float64)
+    inside = torch.randn(500, generator=generator, dtype=torch.float64)
+    slack = torch.rand(400, generator=generator, dtype=torch.float64)
+    if kind == "few":
+        jacobian[40:] = jacobian[:40].repeat(9, 1) + 0.05 * jacobian[40:]
+        slack[40:] += 2.0
+    elif kind == "repeated":
+        jacobian = jacobian[:30].repeat(14, 1)[:400]
+        slack = slack[:30].repeat(14)[:400]
+    lift = jacobian @ inside - slack
+    if kind == "none":
+        lift = -slack
+    rows = distance.extend(None, jacobian)
+    found = distance.step(rows, lift)
+    assert found is not None
+    monkeypatch.setattr("torch_prepared.edit._distance.MANY_ROWS", 10**9)
+    plain = distance.step(rows, lift)
+    assert plain is not None
+    assert (found.multipliers >= 0).all()
+    # Both up to the rounding of the sketch, which is kept in float32.
+    size = float(plain.delta.norm())
+    assert float((found.delta - plain.delta).norm()) <= 1e-5 * size
+    assert float((lift - jacobian @ found.delta).max()) <= 1e-5 * float(lift.abs().max())
+    assert distance.size(found.delta) == pytest.approx(distance.size(plain.delta), rel=1e-5)
+
+
+def test_contradictions_among_many_rows_are_found() -> None:
+    generator = torch.Generator().manual_seed(1)
+    jacobian = torch.randn(300, 600, generator=generator, dtype=torch.float64)
+    jacobian[7] = -jacobian[211]
+    lift = 0.1 * torch.randn(300, generator=generator, dtype=torch.float64)
+    lift[7] = lift[211] = 1.0
+    distance = QuadraticDistance(euclidean_metric())
+    assert distance.step(distance.extend(None, jacobian), lift) is None
+    lift[7] = -1.5
+    assert distance.step(distance.extend(None, jacobian), lift) is not None

@@ -32,7 +32,14 @@ from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._loss import BehaviorLoss
 from torch_prepared.edit._metric import Metric, behavior_metric
 from torch_prepared.edit._vector import ParameterVector
-from torch_prepared.solvers import LinearProgram, Status, gram_matrix, project, solve
+from torch_prepared.solvers import (
+    DualProjection,
+    LinearProgram,
+    Status,
+    gram_matrix,
+    project,
+    solve,
+)
 
 __all__ = [
     "AtomicDistance",
@@ -53,6 +60,8 @@ NEWTON_FLOPS = 1e10  #: of evaluations, one per step; a step takes about five
 NEWTON_GAIN = 0.95  #: how far a step must bring the distance down to be followed by another
 DAMPING_FACTOR, MOST_DAMPING = 4.0, 1e8  #: of the metric, from step to step and of the ridge
 MOST_DAMPINGS, FEWEST_DAMPINGS = 14, 2  #: tried in a row
+MANY_ROWS = 128  #: beyond which a projection looks for the few that matter
+SETTLED = 1e-10  #: violation that counts as none, in row norms and relative to the largest
 
 
 @dataclass(frozen=True)
@@ -375,9 +384,43 @@ def bordered(old: Tensor, cross: Tensor, fresh: Tensor) -> Tensor:
 
 def _project(metric: Metric, rows: Rows, lift: Tensor) -> Step | None:
     """The smallest step in a metric with ``jacobian @ step >= lift`` (m,)."""
-    answer = project(metric.gram(rows.products, rows.image), lift)
-    if answer.status is Status.INFEASIBLE:
+    found = _few_multipliers(metric, rows, lift) if len(lift) > MANY_ROWS else None
+    if found is None:
+        found = project(metric.gram(rows.products, rows.image), lift)
+    if found.status is Status.INFEASIBLE:
         return None
-    weights = torch.from_numpy(answer.multipliers)
+    weights = torch.from_numpy(found.multipliers)
     delta = metric.solve(rows.combine(weights)[None], (weights @ rows.image)[None])[0]
-    return Step(delta, answer.multipliers, metric.damping)
+    return Step(delta, found.multipliers, metric.damping)
+
+
+def _few_multipliers(metric: Metric, rows: Rows, lift: Tensor) -> DualProjection | None:
+    """:func:`project` by the few of many rows that prove to matter; None where these get too many.
+
+    The Gram matrix is formed of these alone, and grows by the rows that the last solution violates
+    most. A ray of some rows is one of all.
+    """
+    norms = metric.lengths(rows.products.diagonal(), rows.image).clamp_min(1e-300)
+    lack = lift / norms
+    enough = SETTLED * float(lack.max())
+    chosen = torch.zeros(len(lift), dtype=torch.bool)
+    answer: DualProjection | None = None
+    while True:
+        missing = ((lack > enough) & ~chosen).nonzero()[:, 0]
+        if not len(missing) and answer is not None:
+            every = np.zeros(len(lift))
+            every[chosen.numpy()] = answer.multipliers
+            return replace(answer, multipliers=every)
+        most = max(MANY_ROWS // 2, int(chosen.sum()))
+        chosen[missing[lack[missing].argsort(descending=True, stable=True)[:most]]] = True
+        if not len(missing) or 2 * int(chosen.sum()) > len(lift):
+            return None
+        cross, image = rows.products[chosen], rows.image[chosen]
+        answer = project(metric.gram(cross[:, chosen], image), lift[chosen])
+        if answer.status is Status.INFEASIBLE:
+            return answer
+        if answer.status is not Status.OPTIMAL:
+            return None
+        weights = torch.from_numpy(answer.multipliers)[None]
+        effect = metric.gram(weights @ cross, weights @ image, rows.image)[0]
+        lack = (lift - effect) / norms

@@ -60,9 +60,20 @@ class Metric:
             return torch.zeros(len(rows), 0, dtype=torch.float64)
         return self.sketch.times(rows).double()
 
-    def gram(self, products: Tensor, image: Tensor) -> Tensor:
-        """``rows M^-1 rows'`` from ``rows rows'`` (m, m) and :meth:`image` (m, k), float64."""
-        return (products - self._inner(image) @ image.T) / self.damping
+    def gram(self, products: Tensor, image: Tensor, others: Tensor | None = None) -> Tensor:
+        """``rows M^-1 rows'`` from ``rows rows'`` (m, m) and :meth:`image` (m, k), float64.
+
+        With ``others`` (n, k), the image of other rows: ``rows M^-1 others'`` from
+        ``rows others'`` (m, n).
+        """
+        return (
+            products - self._inner(image) @ (image if others is None else others).T
+        ) / self.damping
+
+    def lengths(self, squares: Tensor, image: Tensor) -> Tensor:
+        """``sqrt(row M^-1 row')`` of each row (m,) from their squared 2-norms and images (m, k)."""
+        inner = (self._inner(image) * image).sum(dim=1)
+        return ((squares - inner) / self.damping).clamp_min(0.0).sqrt()
 
     def solve(self, rows: Tensor, image: Tensor | None = None) -> Tensor:
         """``rows M^-1``: (m, p) to (m, p), by Woodbury; ``image`` is computed when None."""
