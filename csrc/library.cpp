@@ -46,7 +46,8 @@ STABLE_TORCH_LIBRARY(torch_prepared, m) {
   m.def(
       "chain_slopes(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, Tensor rows, "
       "Tensor row, Tensor enough, Tensor slopes, int iterations, float rate, float decay, "
-      "int levels, int patience) -> (Tensor, Tensor, Tensor)");
+      "float momentum, float square_momentum, int levels, int patience) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "row_program(Tensor slots, Tensor steps, Tensor[] tensors, Tensor[] lines, Tensor[] boxes, "
       "Tensor starts, Tensor index, Tensor? rows, int input_slot, Tensor[] free, Tensor? shares, "

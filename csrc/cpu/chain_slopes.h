@@ -70,8 +70,8 @@ class SlopeLeaf : public Leaf<T, kBytes> {
       if (best > enough || step > search.iterations) break;
       if (step > search.patience && !(best - start > enough - best)) break;
       differentiate();
-      fade_first *= 0.9;
-      fade_second *= 0.999;
+      fade_first *= search.momentum;
+      fade_second *= search.square_momentum;
       climb(rate, 1 - fade_first, 1 - fade_second);
       rate *= search.decay;
     }
@@ -80,11 +80,13 @@ class SlopeLeaf : public Leaf<T, kBytes> {
 
   // One step of Adam; slopes that no line depends on stay where they are.
   PREPARED_HD void climb(double rate, double whole_first, double whole_second) {
+    const T keep_first = T(search_.search.momentum);
+    const T keep_second = T(search_.search.square_momentum);
     for (size_t h = 0; h < work_.size(); ++h) {
       if (work_[h] < 0) continue;
       const T gradient = gradient_[h];
-      first_[h] = T(0.9) * first_[h] + T(0.1) * gradient;
-      second_[h] = T(0.999) * second_[h] + T(0.001) * gradient * gradient;
+      first_[h] = keep_first * first_[h] + (1 - keep_first) * gradient;
+      second_[h] = keep_second * second_[h] + (1 - keep_second) * gradient * gradient;
       const T scale = std::sqrt(second_[h] / T(whole_second)) + T(1e-12);
       const T moved = work_[h] + T(rate) * (first_[h] / T(whole_first)) / scale;
       work_[h] = std::min(T(1), std::max(T(0), moved));

@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor, Tensor> chain_slopes(Tensor lower, Tensor upper,
                                                 std::vector<Tensor> weights,
                                                 std::vector<Tensor> biases, Tensor rows, Tensor row,
                                                 Tensor enough, Tensor slopes, int64_t iterations,
-                                                double rate, double decay, int64_t levels,
+                                                double rate, double decay, double momentum,
+                                                double square_momentum, int64_t levels,
                                                 int64_t patience) {
   const char* op = "chain_slopes";
   const ChainShape shape = check_chain(op, lower, upper, weights, biases);
@@ -52,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> chain_slopes(Tensor lower, Tensor upper,
     args.bounds.input_rows = input_rows.template mutable_data_ptr<T>();
     args.bounds.hidden_lower = ends.template mutable_data_ptr<T>();
     args.bounds.hidden_upper = args.bounds.hidden_lower + b * hidden;
-    args.search = {iterations, rate, decay, levels, patience};
+    args.search = {iterations, rate, decay, momentum, square_momentum, levels, patience};
     args.row = chosen;
     args.enough = enough.template const_data_ptr<T>();
     args.given = slopes.template const_data_ptr<T>();

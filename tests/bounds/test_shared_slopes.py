@@ -12,8 +12,8 @@ from tests.bounds.test_branch import setting
 from tests.helpers import mlp
 from tests.rounding import rounding_slack
 from torch_prepared import ops
-from torch_prepared.bounds import PropertyBatch
-from torch_prepared.bounds.branch import SlopedEngine, SplitTree
+from torch_prepared.bounds import AlphaOptions, PropertyBatch
+from torch_prepared.bounds.branch import LeafBounds, SlopedEngine, SplitTree
 from torch_prepared.bounds.engine import general_engine, leaf_engine
 from torch_prepared.bounds.shared_slopes import SharedSlopes
 from torch_prepared.certify import Slopes, Verdict
@@ -100,6 +100,56 @@ def test_no_node_of_a_tree_gets_worse_by_a_search(spare: float) -> None:
     assert bool((after > before).any())
     tree.bound(engine, nodes, 7)
     assert np.array_equal(tree.margins(nodes), after)
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_momenta_are_those_of_the_options(chain: bool) -> None:
+    graph, batch = mlp((3, 12, 12, 12, 2), "relu", 6, torch.float64), batch_of(3, 2)
+    box, row = boxes(30, 3, 0.4), torch.arange(30) % 3
+    found = []
+    for momentum in ((0.4, 0.9), (0.9, 0.999)):
+        slopes = SharedSlopes(graph, batch, AlphaOptions(4, 0.3, 0.9, momentum))
+        if not chain:
+            slopes._chain = None  # as for a network that is none
+        usual, enough = torch.full((30, slopes.size), -1.0), torch.full((30,), torch.inf)
+        before = slopes.bound(box, usual).values.gather(1, row[:, None])
+        values = slopes.search(box, usual, row, enough)[1].values.gather(1, row[:, None])
+        assert float((values - before).mean()) > 0
+        found.append(values)
+    assert not torch.equal(*found)
+
+
+def test_children_are_searched_from_their_parents_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, prop = setting()
+    batch = PropertyBatch.of([prop])
+    engine = leaf_engine(graph, batch)
+    assert isinstance(engine, SlopedEngine)
+    tree = SplitTree(batch, slack=1e-6)
+    tree.bound(engine, tree.leaves, 64)
+    tree.search(engine, tree.leaves, 0.0)
+    assert tree.has_slopes
+    kept = tree.shares(tree.leaves, engine.slopes.size)
+    for _ in range(2):  # those of an ancestor, where the parent has none
+        tree.split(tree.leaves)
+        tree.bound(engine, tree.leaves, 64)
+    leaves, plain = tree.leaves, engine.plain(tree.boxes(tree.leaves))
+    # Not searched yet, they are bounded and replayed with the usual slopes.
+    assert not tree.has_slopes
+    assert bool((tree.shares(leaves, engine.slopes.size) == -1).all())
+    rows = torch.from_numpy(tree._row[leaves])
+    values = plain.values.double() + batch.offset
+    assert np.array_equal(tree.margins(leaves), values.gather(1, rows[:, None])[:, 0].numpy())
+    given, search = [], engine.slopes.search
+
+    def spy(
+        box: Interval, slopes: torch.Tensor, row: torch.Tensor, enough: torch.Tensor
+    ) -> tuple[torch.Tensor, LeafBounds]:
+        given.append(slopes)
+        return search(box, slopes, row, enough)
+
+    monkeypatch.setattr(engine.slopes, "search", spy)
+    tree.search(engine, leaves, 0.0)
+    assert torch.equal(given[0], kept.expand(len(leaves), -1))
 
 
 def test_a_search_stops_where_a_bound_is_enough() -> None:

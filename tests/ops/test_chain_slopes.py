@@ -35,12 +35,17 @@ def case(sizes: tuple[int, ...], dtype: torch.dtype, boxes: int = 12, radius: fl
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("iterations", [0, 1, 4])
-def test_the_kernel_agrees_with_the_oracle(sizes: tuple[int, ...], iterations: int) -> None:
+@pytest.mark.parametrize("momentum", [(0.4, 0.9), (0.9, 0.999), (0.0, 0.0)])
+def test_the_kernel_agrees_with_the_oracle(
+    sizes: tuple[int, ...], iterations: int, momentum: tuple[float, float]
+) -> None:
     box, weights, biases, rows, row, hidden = case(sizes, torch.float64)
     given = torch.rand(12, hidden, generator=torch.Generator().manual_seed(0)).double()
     given[::2] = -1.0
     enough = torch.full((12,), torch.inf, dtype=torch.float64)
-    got = ops.chain_slopes(*box, weights, biases, rows, row, enough, given, iterations)
+    got = ops.chain_slopes(
+        *box, weights, biases, rows, row, enough, given, iterations, 0.5, 0.8, momentum
+    )
     expected = chain_slopes_reference(
         *box,
         weights,
@@ -52,6 +57,7 @@ def test_the_kernel_agrees_with_the_oracle(sizes: tuple[int, ...], iterations: i
         iterations,
         0.5,
         0.8,
+        *momentum,
         ops.SLOPE_LEVELS,
         ops.SLOPE_PATIENCE,
     )
@@ -145,7 +151,7 @@ def test_misfits_are_named() -> None:
         ops.chain_slopes(*box, weights, biases, rows, row, enough[1:], given)
     chain = torch.ops.torch_prepared.chain_slopes
     with pytest.raises(RuntimeError, match="argument 'levels'"):
-        chain(*box, weights, biases, rows, row, enough, given, 1, 0.5, 0.8, 0, 2)
+        chain(*box, weights, biases, rows, row, enough, given, 1, 0.5, 0.8, 0.4, 0.9, 0, 2)
     slopes = given.clone().requires_grad_()
     with pytest.raises(UnsupportedOperationError, match="gradient"):
         ops.chain_slopes(*box, weights, biases, rows, row, enough, slopes)[1].sum().backward()
@@ -156,5 +162,5 @@ def test_the_operator_passes_opcheck() -> None:
     given, enough = torch.full((12, hidden), -1.0).double(), torch.zeros(12).double()
     torch.library.opcheck(
         torch.ops.torch_prepared.chain_slopes,
-        (*box, weights, biases, rows, row, enough, given, 2, 0.5, 0.8, 254, 2),
+        (*box, weights, biases, rows, row, enough, given, 2, 0.5, 0.8, 0.4, 0.9, 254, 2),
     )

@@ -28,14 +28,15 @@ from torch_prepared.core.interval import Interval
 __all__ = ["LeafBounds", "LeafEngine", "SlopedEngine", "SplitTree"]
 
 FIRST_CAPACITY = 1024
-_ARRAYS = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis", "_row", "_slot")
+_NODES = ("_lower", "_upper", "_dim", "_left", "_rows", "_margin", "_axis", "_row")
+_ARRAYS = (*_NODES, "_slot", "_seed")
 DETACHED = -2  #: split axis of nodes that are no longer part of the tree
 FIRST_REACH = 0.1  #: share of the nodes of the first round that are searched
 KNOWLEDGE = ("_margin", "_rows", "_row")
 LEAST_INFLUENCE = 0.02  #: relative, of inputs that seem to have less
 NO_SLOPE = ops.SLOPE_LEVELS + 1  #: stands for the slope that the engine chooses
 FEWEST = 1000  #: nodes of a round from which slopes are searched
-FRUITFUL, VAIN = 0.4, 0.25  #: shares of successful searches that widen or narrow their reach
+FRUITFUL, VAIN = 0.5, 0.35  #: shares of successful searches that widen or narrow their reach
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -68,6 +69,7 @@ class SplitTree:
         self._axis = np.zeros(FIRST_CAPACITY, dtype=np.int64)
         self._row = np.zeros(FIRST_CAPACITY, dtype=np.int64)
         self._slot = np.full(FIRST_CAPACITY, -1, dtype=np.int64)
+        self._seed = np.full(FIRST_CAPACITY, -1, dtype=np.int64)
         self._slopes = np.zeros((0, 0), dtype=np.uint8)
         self._slots = 0
         self._reach: float | None = None
@@ -148,19 +150,23 @@ class SplitTree:
         return torch.where(boxes.width > 0, reach * share, -1.0).argmax(dim=1)
 
     def search(self, engine: SlopedEngine, nodes: Integers, spare: float) -> None:
-        """Optimize the slopes of nodes that were bounded; worse ones are forgotten."""
+        """Optimize the slopes of nodes that were bounded; worse ones are forgotten.
+
+        A search begins with the slopes of the node, else of the nearest ancestor that has some.
+        """
         if not len(nodes):
             return
         before = {name: getattr(self, name)[nodes] for name in KNOWLEDGE}
         row = torch.from_numpy(self._row[nodes])
         enough = self.slack + spare - self.batch.offset[0].double().cpu()[row]
-        given = self.shares(nodes, engine.slopes.size)
+        given = self._kept(self._seed[nodes], engine.slopes.size)
         found, bounds = engine.slopes.search(self.boxes(nodes), given, row, enough)
         self._note(nodes, bounds, axes=False)
         better = self._margin[nodes] > before["_margin"]
         for name, old in before.items():
             getattr(self, name)[nodes[~better]] = old[~better]
-        self._slot[nodes[better]] = self._store(found[torch.from_numpy(better)])
+        fresh = self._store(found[torch.from_numpy(better)])
+        self._slot[nodes[better]] = self._seed[nodes[better]] = fresh
 
     def _store(self, slopes: Tensor) -> Integers:
         """Slots for slopes (b, h), multiples of 1 / SLOPE_LEVELS or negative."""
@@ -181,9 +187,12 @@ class SplitTree:
 
     def shares(self, nodes: Integers, size: int) -> Tensor:
         """Relaxation slopes (b, size) of nodes; negative where the engine chooses them."""
-        slots = self._slot[nodes]
+        return self._kept(self._slot[nodes], size)
+
+    def _kept(self, slots: Integers, size: int) -> Tensor:
+        """Slopes (b, size) stored in slots; -1 where there is no slot, or no slope of one's own."""
         if not self._slots:
-            return torch.full((len(nodes), size), -1.0)
+            return torch.full((len(slots), size), -1.0)
         levels = torch.from_numpy(self._slopes[slots])
         shares = (levels.float() / ops.SLOPE_LEVELS).masked_fill(levels == NO_SLOPE, -1.0)
         shares[torch.from_numpy(slots < 0)] = -1.0
@@ -212,7 +221,7 @@ class SplitTree:
             array[side], kept[side] = array[leaves], kept[leaves]
             array[side, axis] = middle
             self._dim[side], self._margin[side] = -1, -np.inf
-            self._slot[side] = -1
+            self._slot[side], self._seed[side] = -1, self._seed[leaves]
         return np.concatenate([left, left + 1])
 
     def copy(self) -> SplitTree:

@@ -35,7 +35,7 @@ from torch_prepared.relax.relu import TwoPiece
 __all__ = ["SharedSlopes", "SlopedEngine"]
 
 Boxes = dict[str, Interval]
-DEFAULT = AlphaOptions(iterations=8, learning_rate=0.3, decay=0.9)
+DEFAULT = AlphaOptions(iterations=8, learning_rate=0.3, decay=0.9, momentum=(0.4, 0.9))
 
 
 class SharedSlopes:
@@ -153,6 +153,7 @@ class SharedSlopes:
     def _search(self, box: Interval, slopes: Tensor, row: Tensor, enough: Tensor) -> Tensor:
         """The search on any network."""
         options, found = self._options, self.chosen(box, slopes)
+        one, two = options.momentum
         tight, active = self._enter(box), torch.arange(len(found))
         rows = self._rows[row].unsqueeze(1)
         value = found.clone()
@@ -180,10 +181,10 @@ class SharedSlopes:
                 break
             active, value, start = active[going], value[going], start[going]
             gradient = gradient[going].nan_to_num(0.0, 0.0, 0.0).to(value.dtype)
-            first = 0.9 * first[going] + 0.1 * gradient
-            second = 0.999 * second[going] + 0.001 * gradient.square()
-            scale = (second / (1 - 0.999**step)).sqrt() + 1e-12
-            value = value + options.learning_rate * rate * first / (1 - 0.9**step) / scale
+            first = one * first[going] + (1 - one) * gradient
+            second = two * second[going] + (1 - two) * gradient.square()
+            scale = (second / (1 - two**step)).sqrt() + 1e-12
+            value = value + options.learning_rate * rate * first / (1 - one**step) / scale
             value = value.clamp(0.0, 1.0)
             rate *= options.decay
         return (found * ops.SLOPE_LEVELS).round() / ops.SLOPE_LEVELS
@@ -207,6 +208,7 @@ class SharedSlopes:
             options.iterations,
             options.learning_rate,
             options.decay,
+            options.momentum,
         )
         return found.float(), LeafBounds(values, inputs)
 

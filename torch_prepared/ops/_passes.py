@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 SLOPE_LEVELS = 254  #: slopes of boxes are multiples of its inverse
-SLOPE_PATIENCE = 2  #: steps after which a search must have come more than half of its way
+SLOPE_PATIENCE = 3  #: steps after which a search must have come more than half of its way
 
 
 def chain_bounds(
@@ -93,6 +93,7 @@ def chain_slopes(
     iterations: int = 5,
     rate: float = 0.5,
     decay: float = 0.8,
+    momentum: tuple[float, float] = (0.4, 0.9),
 ) -> tuple[Float[Tensor, "b h"], Float[Tensor, "b s"], Float[Tensor, "b s n"]]:
     """Optimized lower slopes of a fully connected ReLU network, for many small boxes.
 
@@ -112,6 +113,7 @@ def chain_slopes(
         iterations: steps of Adam; 0 only bounds with the given slopes.
         rate: size of the first step.
         decay: factor on it after each step.
+        momentum: factors on Adam's first and second moments per step.
 
     Returns:
         ``slopes`` (b, h), multiples of ``1 / SLOPE_LEVELS``, negative where the neuron was never
@@ -131,7 +133,7 @@ def chain_slopes(
     """
     found, values, inputs = torch.ops.torch_prepared.chain_slopes(
         lower, upper, list(weights), list(biases), rows, row, enough, slopes,
-        iterations, rate, decay, SLOPE_LEVELS, SLOPE_PATIENCE,
+        iterations, rate, decay, *momentum, SLOPE_LEVELS, SLOPE_PATIENCE,
     )  # fmt: skip
     return found, values, inputs
 

@@ -21,11 +21,13 @@ __all__ = [
 
 
 class _Search(NamedTuple):
-    """Steps of Adam: how many, size of the first, factor after each, when hope is given up."""
+    """Steps of Adam: how many, size of the first, factors after each, when hope is given up."""
 
     iterations: int
     rate: float
     decay: float
+    momentum: float
+    square_momentum: float
     patience: int
 
 
@@ -106,14 +108,16 @@ def chain_slopes_reference(
     iterations: int,
     rate: float,
     decay: float,
+    momentum: float,
+    square_momentum: float,
     levels: int,
     patience: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Better slopes (b, h) for one row of each box; values and input rows of all rows at these."""
     work, found = slopes.clone(), []
+    search = _Search(iterations, rate, decay, momentum, square_momentum, patience)
     for i in range(len(lower) if iterations and slopes.numel() else 0):
         box = lower[i : i + 1], upper[i : i + 1]
-        search = _Search(iterations, rate, decay, patience)
         start = rows[row[i]].reshape(1, 1, -1)
         found.append(_climb(*box, weights, biases, start, enough[i], work[i : i + 1], search))
     work = torch.cat(found) if found else work
@@ -134,7 +138,7 @@ def _climb(
     search: _Search,
 ) -> Tensor:
     """The best slopes (1, h) that some steps of Adam meet."""
-    rate = search.rate
+    rate, one, two = search.rate, search.momentum, search.square_momentum
     first, second = torch.zeros_like(slopes), torch.zeros_like(slopes)
     best, start, found = torch.tensor(-torch.inf), torch.tensor(-torch.inf), slopes
     for step in range(1, search.iterations + 2):
@@ -151,10 +155,10 @@ def _climb(
         late = step > search.patience and not best - start > enough - best
         if bool(value.isnan()) or best > enough or step > search.iterations or late:
             break
-        first = 0.9 * first + 0.1 * gradient
-        second = 0.999 * second + 0.001 * gradient.square()
-        scale = (second / (1 - 0.999**step)).sqrt() + 1e-12
-        moved = (slopes + rate * first / (1 - 0.9**step) / scale).clamp(0, 1)
+        first = one * first + (1 - one) * gradient
+        second = two * second + (1 - two) * gradient.square()
+        scale = (second / (1 - two**step)).sqrt() + 1e-12
+        moved = (slopes + rate * first / (1 - one**step) / scale).clamp(0, 1)
         slopes, rate = torch.where(slopes < 0, slopes, moved), rate * search.decay
     return found
 

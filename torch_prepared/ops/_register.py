@@ -43,7 +43,7 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "chain_slopes": "(Tensor lower, Tensor upper, Tensor[] weights, Tensor[] biases, Tensor rows, "
     "Tensor row, Tensor enough, Tensor slopes, int iterations, float rate, float decay, "
-    "int levels, int patience) -> (Tensor, Tensor, Tensor)",
+    "float momentum, float square_momentum, int levels, int patience) -> (Tensor, Tensor, Tensor)",
     "row_program": f"({_PROGRAM}, Tensor? shares, Tensor? offsets) -> (Tensor, Tensor, Tensor)",
     "row_program_grad": f"(Tensor grad_lower, {_PROGRAM}, Tensor? shares, Tensor? offsets) "
     "-> (Tensor, Tensor)",
