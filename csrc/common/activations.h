@@ -203,9 +203,9 @@ struct Gelu {
   }
 };
 
-// x / (1 + exp(-q)) with q = 2 sqrt(2 / pi) (x + 0.044715 x^3): PyTorch's approximate="tanh". On the
-// left tail the rounding of q is amplified by q, which the error bounds contain; a test proves in
-// interval arithmetic that the second derivative changes its sign at the inflections only.
+// x / (1 + exp(-q)) with q = 2 sqrt(2 / pi) (x + 0.044715 x^3): PyTorch's approximate="tanh". On
+// the left tail the rounding of q is amplified by q, which the error bounds contain; a test proves
+// in interval arithmetic that the second derivative changes its sign at the inflections only.
 struct GeluTanh {
   static constexpr bool kKinked = false;
   static constexpr double kScale = 1.5957691216057308, kCube = 0.044715;

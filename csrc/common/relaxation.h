@@ -18,7 +18,8 @@ struct LinePair {
   T lower_slope, lower_offset, upper_slope, upper_offset;
 };
 
-// `alpha` is the derivative; `inward` is the same, but where alpha is clamped the one into its range.
+// `alpha` is the derivative; `inward` is the same, but where alpha is clamped the one into its
+// range.
 struct BoundsGradient {
   double lower, upper, alpha, inward;
 };

@@ -24,8 +24,8 @@ class SlopeLeaf : public Leaf<T, kBytes> {
   SlopeLeaf(const ChainSlopesArgs<T>& args, PackedMaps<T>& packed)
       : Base(args.bounds, packed), search_(args) {
     const size_t hidden = static_cast<size_t>(args.bounds.hidden);
-    for (std::vector<T>* each : {&work_, &best_slopes_, &gradient_, &first_, &second_,
-                                 &to_lower_, &to_upper_}) {
+    for (std::vector<T>* each :
+         {&work_, &best_slopes_, &gradient_, &first_, &second_, &to_lower_, &to_upper_}) {
       each->resize(hidden);
     }
     int64_t widest = 0;
@@ -110,8 +110,7 @@ class SlopeLeaf : public Leaf<T, kBytes> {
     for (int64_t j = 0; j < m; ++j) this->unstable_[j] = static_cast<int32_t>(j);
     this->gather(last, this->unstable_.data(), m);
     const Panel<T> right = this->sides_[last]->matrix();
-    const T* const source =
-        this->args_.rows + i * this->args_.row_stride + search_.row[i] * m;
+    const T* const source = this->args_.rows + i * this->args_.row_stride + search_.row[i] * m;
     multiply<T, kBytes>({const_cast<T*>(source), m}, right, 1, m,
                         {this->panels_[0].data(), right.stride});
     this->record(last, 1, nullptr);
@@ -163,7 +162,8 @@ class SlopeLeaf : public Leaf<T, kBytes> {
         for (int64_t d = 0; d < before.stride; d += kLanes) {
           sum += at<T, kBytes>(matrix + d) * at<T, kBytes>(point_.data() + d);
         }
-        next_.data()[c] = pass(side, c, first + side.index[c], a, sum_lanes<T, kBytes>(sum), weight);
+        next_.data()[c] =
+            pass(side, c, first + side.index[c], a, sum_lanes<T, kBytes>(sum), weight);
       }
       std::fill(next_.data() + side.count, next_.data() + side.stride, T(0));
       next_.data()[side.count] = 1;

@@ -48,8 +48,8 @@ PackedMaps<T> pack_maps(const std::vector<ChainMap<T>>& maps) {
   PackedMaps<T> packed;
   for (const ChainMap<T>& map : maps) {
     const int64_t stride = padded<T, kBytes>(map.out);
-    PackedMap<T> into = {Buffer<T>(map.in * stride), Buffer<T>(map.in * stride),
-                         Buffer<T>(stride), stride};
+    PackedMap<T> into = {Buffer<T>(map.in * stride), Buffer<T>(map.in * stride), Buffer<T>(stride),
+                         stride};
     for (int64_t i = 0; i < map.out; ++i) {
       for (int64_t j = 0; j < map.in; ++j) {
         const T weight = map.weight[i * map.in + j];
@@ -92,11 +92,11 @@ struct Side {
   Panel<T> matrix() { return {matrix_memory.data(), stride}; }
 
   int64_t count = 0, stride = 0;
-  std::vector<int32_t> index;      // the neurons of the columns
-  Ends<T> slope, offset;           // lines of the activation; for inputs the box is the offset
-  Ends<T> before, after;           // boxes before and after the activation
-  Buffer<T> middle_memory;         // centers of `after`, then radii, without gaps
-  Buffer<T> matrix_memory;         // the map's compact matrix
+  std::vector<int32_t> index;  // the neurons of the columns
+  Ends<T> slope, offset;       // lines of the activation; for inputs the box is the offset
+  Ends<T> before, after;       // boxes before and after the activation
+  Buffer<T> middle_memory;     // centers of `after`, then radii, without gaps
+  Buffer<T> matrix_memory;     // the map's compact matrix
 };
 
 }  // namespace torch_prepared

@@ -72,11 +72,9 @@ class LaneAdjoint : private LanePass<T, kBytes, V> {
       const RowStep& step = args_.steps[i];
       first_share_[i] = count;
       if (step.kind != StepKind::kRelax || windows_[step.source].empty()) continue;
-      const T* const free =
-          args_.free[step.data] + group_.region * args_.slots[step.source].size();
-      over_entries(step.source, memory_.kept[step.data].view(), [&](int64_t e) PREPARED_INLINE {
-        count += free[e] == 0 ? 0 : kRows;
-      });
+      const T* const free = args_.free[step.data] + group_.region * args_.slots[step.source].size();
+      over_entries(step.source, memory_.kept[step.data].view(),
+                   [&](int64_t e) PREPARED_INLINE { count += free[e] == 0 ? 0 : kRows; });
     }
   }
 
@@ -162,8 +160,7 @@ class LaneAdjoint : private LanePass<T, kBytes, V> {
         const Vec x = at<T, kBytes>(saved + v * kLane), a = value(from, e, v), none = Vec{};
         const Vec slope = Base::lower_slope(part[0][e], part[3][e], share, free, e, v);
         const Vec below = none + part[1][e], high = none + part[2][e], above = none + part[3][e];
-        const Vec moved =
-            a * (x >= 0 ? slope : high) + grad_[v] * (x >= 0 ? below : above);
+        const Vec moved = a * (x >= 0 ? slope : high) + grad_[v] * (x >= 0 ? below : above);
         Vec& into = value(out, e, v);
         into = in_place ? moved : into + moved;
         const Vec plus = x >= 0 ? x : none, minus = x - plus;
@@ -190,8 +187,8 @@ class LaneAdjoint : private LanePass<T, kBytes, V> {
     taps_.resize(1);
     taps_[0] = {far.entry + far.offset[0], far.offset[to.pixels()] - far.offset[0], 0,
                 args_.tensors[step.data]};
-    typename Base::Product product = {adjoint(step.target), adjoint(step.source), 1, 1, to.size(),
-                                      true};
+    typename Base::Product product = {
+        adjoint(step.target), adjoint(step.source), 1, 1, to.size(), true};
     over_pixels(step.source, [&](int64_t, int64_t, int64_t p) PREPARED_INLINE {
       Base::template blocks<true>(product, have.entry + have.offset[p],
                                   have.offset[p + 1] - have.offset[p], 0);
@@ -221,8 +218,8 @@ class LaneAdjoint : private LanePass<T, kBytes, V> {
       const int32_t* const entry = have.entry + have.offset[p];
       const int64_t count = have.offset[p + 1] - have.offset[p];
       if (step.groups > 1) return grouped(step, taps, entry, count, p * from.channels);
-      typename Base::Product product = {adjoint(step.target), adjoint(step.source), taps, 1, inner,
-                                        true};
+      typename Base::Product product = {
+          adjoint(step.target), adjoint(step.source), taps, 1, inner, true};
       Base::template blocks<true>(product, entry, count, p * from.channels);
     });
   }

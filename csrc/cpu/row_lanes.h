@@ -150,9 +150,7 @@ class LaneRows {
   }
 
   // Lists of a target that a step has just written.
-  void written(const RowStep& step) {
-    lists_[step.target] = wanted(step);
-  }
+  void written(const RowStep& step) { lists_[step.target] = wanted(step); }
 
   PREPARED_HD void clear(int64_t s) {
     T* const base = slot(s);

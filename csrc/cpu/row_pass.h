@@ -27,8 +27,8 @@ class LanePass : public LaneProducts<T, kBytes, V> {
     for (const RowStep& step : args_.steps) {
       if (step.kind != StepKind::kRelax || windows_[step.source].empty()) continue;
       const int64_t region = group_.region * args_.slots[step.source].size();
-      const T *slope = args_.lines[step.data].part[0] + region;
-      const T *free = args_.free[step.data] + region;
+      const T* slope = args_.lines[step.data].part[0] + region;
+      const T* free = args_.free[step.data] + region;
       over_entries(step.source, memory_.kept[step.data].view(), [&](int64_t e) PREPARED_INLINE {
         if (free[e] == 0) return;
         if (into != nullptr) std::fill_n(into + count, kRows, 1 - (1 - slope[e]) / free[e]);
@@ -39,9 +39,9 @@ class LanePass : public LaneProducts<T, kBytes, V> {
   }
 
  protected:
-  using typename Base::Vec;
   using Base::args_, Base::group_, Base::lists_, Base::memory_, Base::windows_;
   using Base::clear, Base::kLane, Base::over_entries, Base::place, Base::slot, Base::value;
+  using typename Base::Vec;
 
   PREPARED_HD void pass(const RowGroup& group, const T* shares) {
     place(group);

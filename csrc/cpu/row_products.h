@@ -22,9 +22,9 @@ class LaneProducts : public LaneRows<T, kBytes, V> {
   using Base::Base, Base::kRows;
 
  protected:
-  using typename Base::Vec;
   using Base::args_, Base::lists_, Base::memory_, Base::windows_;
   using Base::kLane, Base::over_pixels, Base::slot, Base::value, Base::wanted, Base::written;
+  using typename Base::Vec;
 
   PREPARED_HD void conv(const RowStep& step) {
     const RowSlot &from = args_.slots[step.source], &to = args_.slots[step.target];

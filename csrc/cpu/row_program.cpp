@@ -79,8 +79,8 @@ PREPARED_HD void run_gradients(const Job<T>& job) {
     const int64_t each = (last - first + pieces - 1) / pieces;
     for (int64_t i = first + piece * each; i < std::min(first + (piece + 1) * each, last); ++i) {
       const RowGroup& group = job.groups[i];
-      T* const grad = job.args.shares == nullptr ? nullptr
-                                                 : job.gradient->shares + job.args.offsets[i];
+      T* const grad =
+          job.args.shares == nullptr ? nullptr : job.gradient->shares + job.args.offsets[i];
       with_width(job, group, wide, narrow, [&](auto& pass) PREPARED_INLINE {
         pass.run(group, shares_of(job.args, i), *job.gradient, piece, grad);
       });
@@ -135,9 +135,8 @@ template <int kBytes, class T>
 void run_all(const Job<T>& job) {
   constexpr int64_t kRows = LanePass<T, kBytes, 2>::kRows;
   const RowProgramArgs<T>& args = job.args;
-  const std::vector<RowGroup> groups = args.rows == nullptr
-                                           ? group_neurons(args, kRows / 2)
-                                           : group_rows_of_regions(args, kRows);
+  const std::vector<RowGroup> groups =
+      args.rows == nullptr ? group_neurons(args, kRows / 2) : group_rows_of_regions(args, kRows);
   const auto count = static_cast<int64_t>(groups.size());
   if (args.shares != nullptr && (args.offset_count != count + 1 || args.offsets[0] != 0 ||
                                  args.offsets[count] != args.share_count)) {
@@ -169,17 +168,15 @@ const std::vector<RowGroup> kNoGroups;
 
 }  // namespace
 
-#define PREPARED_DEFINE(T)                                                           \
-  void launch_row_program(const RowProgramArgs<T>& args, CpuContext) {               \
-    dispatch(Job<T>{Task::kBound, args, kNoGroups, 0, 0});                           \
-  }                                                                                  \
-  void launch_row_program_grad(const RowProgramArgs<T>& args, RowGradientArgs<T>& g, \
-                               CpuContext) {                                         \
-    dispatch(Job<T>{Task::kGradient, args, kNoGroups, 0, 0, &g});                    \
-  }                                                                                  \
-  void launch_row_shares(const RowProgramArgs<T>& args, RowSharesArgs<T>& shares,    \
-                         CpuContext) {                                               \
-    dispatch(Job<T>{Task::kShares, args, kNoGroups, 0, 0, nullptr, &shares});        \
+#define PREPARED_DEFINE(T)                                                                         \
+  void launch_row_program(const RowProgramArgs<T>& args, CpuContext) {                             \
+    dispatch(Job<T>{Task::kBound, args, kNoGroups, 0, 0});                                         \
+  }                                                                                                \
+  void launch_row_program_grad(const RowProgramArgs<T>& args, RowGradientArgs<T>& g, CpuContext) { \
+    dispatch(Job<T>{Task::kGradient, args, kNoGroups, 0, 0, &g});                                  \
+  }                                                                                                \
+  void launch_row_shares(const RowProgramArgs<T>& args, RowSharesArgs<T>& shares, CpuContext) {    \
+    dispatch(Job<T>{Task::kShares, args, kNoGroups, 0, 0, nullptr, &shares});                      \
   }
 PREPARED_DEFINE(float)
 PREPARED_DEFINE(double)

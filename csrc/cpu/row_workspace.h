@@ -63,10 +63,10 @@ struct LaneWorkspace {
   }
 
   int64_t region = -1;
-  std::vector<Buffer<T>> values;  // by slot
-  std::vector<OwnedLists> full;   // by slot: every entry
-  std::vector<OwnedLists> kept;   // by lines: entries that are not constantly zero
-  std::vector<Buffer<T>> saved;   // by lines: rows before they went through, for gradients
+  std::vector<Buffer<T>> values;    // by slot
+  std::vector<OwnedLists> full;     // by slot: every entry
+  std::vector<OwnedLists> kept;     // by lines: entries that are not constantly zero
+  std::vector<Buffer<T>> saved;     // by lines: rows before they went through, for gradients
   std::vector<Buffer<T>> adjoints;  // by slot, for gradients
   OwnedLists seeds;
 };

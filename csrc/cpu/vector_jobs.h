@@ -16,11 +16,13 @@ namespace torch_prepared {
 
 #ifdef PREPARED_X86
 template <class Job>
-PREPARED_TARGET("avx512f,avx512dq,avx512vl") void run_512(const Job& job) {
+PREPARED_TARGET("avx512f,avx512dq,avx512vl")
+void run_512(const Job& job) {
   job.template run<64>();
 }
 template <class Job>
-PREPARED_TARGET("avx2,fma") void run_256(const Job& job) {
+PREPARED_TARGET("avx2,fma")
+void run_256(const Job& job) {
   job.template run<32>();
 }
 #endif

@@ -10,10 +10,10 @@ namespace torch_prepared {
 // How the lower slopes of a box are optimized: steps of Adam.
 struct SlopeSearch {
   int64_t iterations;
-  double rate, decay;  // of the first step; factor after each step
+  double rate, decay;                // of the first step; factor after each step
   double momentum, square_momentum;  // what is kept of the moments at each step
-  int64_t levels;      // slopes are returned as multiples of its inverse
-  int64_t patience;    // steps after which a box must be more than half of the way
+  int64_t levels;                    // slopes are returned as multiples of its inverse
+  int64_t patience;                  // steps after which a box must be more than half of the way
 };
 
 // `bounds` asks for the values and input rows of all output rows; its hidden intervals and known

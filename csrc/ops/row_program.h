@@ -103,9 +103,9 @@ struct RowSharesArgs {
   T* shares;  // null: count only
 };
 
-#define PREPARED_DECLARE(T)                                                                 \
-  void launch_row_program(const RowProgramArgs<T>&, CpuContext);                            \
-  void launch_row_program_grad(const RowProgramArgs<T>&, RowGradientArgs<T>&, CpuContext);  \
+#define PREPARED_DECLARE(T)                                                                \
+  void launch_row_program(const RowProgramArgs<T>&, CpuContext);                           \
+  void launch_row_program_grad(const RowProgramArgs<T>&, RowGradientArgs<T>&, CpuContext); \
   void launch_row_shares(const RowProgramArgs<T>&, RowSharesArgs<T>&, CpuContext)
 PREPARED_DECLARE(float);
 PREPARED_DECLARE(double);

@@ -43,8 +43,7 @@ std::vector<ChainMap<T>> chain_maps(const std::vector<Tensor>& weights,
                                     const std::vector<Tensor>& biases) {
   std::vector<ChainMap<T>> maps;
   for (size_t k = 0; k < weights.size(); ++k) {
-    maps.push_back({weights[k].size(1), weights[k].size(0),
-                    weights[k].template const_data_ptr<T>(),
+    maps.push_back({weights[k].size(1), weights[k].size(0), weights[k].template const_data_ptr<T>(),
                     biases[k].template const_data_ptr<T>()});
   }
   return maps;
@@ -64,9 +63,11 @@ inline void check_known(const Tensor& lower, std::optional<Tensor>& known_lower,
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> chain_bounds(
-    Tensor lower, Tensor upper, std::vector<Tensor> weights, std::vector<Tensor> biases,
-    Tensor rows, std::optional<Tensor> known_lower, std::optional<Tensor> known_upper) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> chain_bounds(Tensor lower, Tensor upper,
+                                                        std::vector<Tensor> weights,
+                                                        std::vector<Tensor> biases, Tensor rows,
+                                                        std::optional<Tensor> known_lower,
+                                                        std::optional<Tensor> known_upper) {
   const char* op = "chain_bounds";
   const ChainShape shape = check_chain(op, lower, upper, weights, biases);
   const int64_t b = shape.boxes, n = shape.inputs, m = shape.outputs, hidden = shape.hidden;

@@ -10,13 +10,10 @@
 namespace torch_prepared {
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> chain_slopes(Tensor lower, Tensor upper,
-                                                std::vector<Tensor> weights,
-                                                std::vector<Tensor> biases, Tensor rows, Tensor row,
-                                                Tensor enough, Tensor slopes, int64_t iterations,
-                                                double rate, double decay, double momentum,
-                                                double square_momentum, int64_t levels,
-                                                int64_t patience) {
+std::tuple<Tensor, Tensor, Tensor> chain_slopes(
+    Tensor lower, Tensor upper, std::vector<Tensor> weights, std::vector<Tensor> biases,
+    Tensor rows, Tensor row, Tensor enough, Tensor slopes, int64_t iterations, double rate,
+    double decay, double momentum, double square_momentum, int64_t levels, int64_t patience) {
   const char* op = "chain_slopes";
   const ChainShape shape = check_chain(op, lower, upper, weights, biases);
   const int64_t b = shape.boxes, n = shape.inputs, hidden = shape.hidden;

@@ -62,8 +62,8 @@ inline void check_step(const RowStep& step, const std::vector<RowSlot>& slots,
                 "slots that exist");
   check_program(step.wanted < static_cast<int64_t>(lines.size()), "steps", "lines that exist");
   const RowSlot &from = slots[step.source], &to = slots[step.target];
-  const bool same = from.height == to.height && from.width == to.width &&
-                    from.channels == to.channels;
+  const bool same =
+      from.height == to.height && from.width == to.width && from.channels == to.channels;
   switch (step.kind) {
     case StepKind::kConv:
       check_program(within(step.data, tensors.size()), "steps", "tensors that exist");
@@ -100,8 +100,17 @@ inline std::vector<RowStep> read_steps(Tensor& steps) {
     check_program(n[0] >= 0 && n[0] <= static_cast<int64_t>(StepKind::kCut) && n[3] >= 0 &&
                       n[3] <= static_cast<int64_t>(WriteMode::kOnly),
                   "steps", "known kinds and modes");
-    found.push_back({static_cast<StepKind>(n[0]), n[1], n[2], static_cast<WriteMode>(n[3]), n[4],
-                     n[5], n[6], {n[7], n[8]}, {n[9], n[10]}, {n[11], n[12]}, {n[13], n[14]},
+    found.push_back({static_cast<StepKind>(n[0]),
+                     n[1],
+                     n[2],
+                     static_cast<WriteMode>(n[3]),
+                     n[4],
+                     n[5],
+                     n[6],
+                     {n[7], n[8]},
+                     {n[9], n[10]},
+                     {n[11], n[12]},
+                     {n[13], n[14]},
                      n[15]});
   }
   return found;
@@ -237,8 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> row_program(
     std::vector<Tensor> boxes, Tensor starts, Tensor index, std::optional<Tensor> rows,
     int64_t input_slot, std::vector<Tensor> free, std::optional<Tensor> shares,
     std::optional<Tensor> offsets) {
-  RowProgramTensors given = {slots, steps, tensors, lines, boxes, starts, index, rows, input_slot,
-                             free, shares, offsets};
+  RowProgramTensors given = {slots, steps, tensors,    lines, boxes,  starts,
+                             index, rows,  input_slot, free,  shares, offsets};
   given.check();
   const Backend backend(given.like());
   const int64_t b = given.regions(), s = given.count();
@@ -261,13 +270,14 @@ std::tuple<Tensor, Tensor, Tensor> row_program(
 
 // Gradients of the lines, for every piece of the regions, flat and one after another; of shares.
 template <class Backend>
-std::tuple<Tensor, Tensor> row_program_grad(
-    Tensor grad_lower, Tensor slots, Tensor steps, std::vector<Tensor> tensors,
-    std::vector<Tensor> lines, std::vector<Tensor> boxes, Tensor starts, Tensor index,
-    std::optional<Tensor> rows, int64_t input_slot, std::vector<Tensor> free,
-    std::optional<Tensor> shares, std::optional<Tensor> offsets) {
-  RowProgramTensors given = {slots, steps, tensors, lines, boxes, starts, index, rows, input_slot,
-                             free, shares, offsets};
+std::tuple<Tensor, Tensor> row_program_grad(Tensor grad_lower, Tensor slots, Tensor steps,
+                                            std::vector<Tensor> tensors, std::vector<Tensor> lines,
+                                            std::vector<Tensor> boxes, Tensor starts, Tensor index,
+                                            std::optional<Tensor> rows, int64_t input_slot,
+                                            std::vector<Tensor> free, std::optional<Tensor> shares,
+                                            std::optional<Tensor> offsets) {
+  RowProgramTensors given = {slots, steps, tensors,    lines, boxes,  starts,
+                             index, rows,  input_slot, free,  shares, offsets};
   given.check();
   const int64_t b = given.regions(), s = given.count();
   if (given.rows.has_value()) {
@@ -310,8 +320,8 @@ std::tuple<Tensor, Tensor> row_shares(Tensor slots, Tensor steps, std::vector<Te
                                       std::vector<Tensor> lines, std::vector<Tensor> boxes,
                                       Tensor starts, Tensor index, std::optional<Tensor> rows,
                                       int64_t input_slot, std::vector<Tensor> free) {
-  RowProgramTensors given = {slots, steps, tensors, lines, boxes, starts, index, rows, input_slot,
-                             free, std::nullopt, std::nullopt};
+  RowProgramTensors given = {slots, steps, tensors,    lines, boxes,        starts,
+                             index, rows,  input_slot, free,  std::nullopt, std::nullopt};
   given.check();
   const Backend backend(given.like());
   check_program(free.size() == lines.size(), "free", "one per lines");
@@ -323,8 +333,8 @@ std::tuple<Tensor, Tensor> row_shares(Tensor slots, Tensor steps, std::vector<Te
     const RowProgramArgs<T> args = given.pointers<T>();
     RowSharesArgs<T> found = {};
     launch_row_shares(args, found, backend.context());
-    offsets = allocate(given.like(), {static_cast<int64_t>(found.offsets.size())},
-                       ScalarType::Long);
+    offsets =
+        allocate(given.like(), {static_cast<int64_t>(found.offsets.size())}, ScalarType::Long);
     std::copy(found.offsets.begin(), found.offsets.end(), offsets.mutable_data_ptr<int64_t>());
     shares = allocate(given.like(), {found.offsets.back()});
     found.shares = shares.mutable_data_ptr<T>();
