@@ -18,11 +18,11 @@ __all__ = ["AutoEditor"]
 logger = logging.getLogger(__name__)
 
 FALLBACK_SHARE = 0.6  #: of the time, at most, for the first certified edit
-LAST_SHARE = 0.25  #: of the time, kept for the last resort while nothing is certified
+LAST_SHARE = 0.15  #: of the time, kept for the last resort while nothing is certified
 
 
 class AutoEditor(Editor):
-    """A quick one-shot edit as a safety net, then the editor that suits the regions.
+    """A one-shot edit of the last layer as a safety net, then the editor that suits the regions.
 
     Regions with at most 16 coordinates of positive width are split (``refine``), and bounded whole
     (``sequential``) if that fails; others, where splitting is hopeless, and those of networks too

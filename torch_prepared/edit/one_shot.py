@@ -45,7 +45,12 @@ MAX_ROW_ENTRIES = 30_000_000
 
 @dataclass
 class OneShotEditor(Editor):
-    """Tries layers from the last to the first, one LP each, as long as time allows."""
+    """Tries layers from the last to the first, one LP each, as long as time allows.
+
+    Args:
+        solver: of the linear programs.
+        first_only: try no layer but the first of these.
+    """
 
     name = "one_shot"
     solver: str = "highs"
@@ -73,7 +78,7 @@ class OneShotEditor(Editor):
                 failures.append(f"{layer}: {error}")
                 logger.info("one_shot: %s", failures[-1])
             spent = clock.elapsed
-            if deadline.over or (found and self.first_only):
+            if deadline.over or self.first_only:
                 break
         if not found:
             raise InfeasibleEditError("; ".join(failures) or "no edit of one layer is certified")

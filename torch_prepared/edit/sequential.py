@@ -68,6 +68,8 @@ FAIR_SHARE = 0.1
 REPORT_GAIN = 0.95
 FIRST_PULL, LAST_PULL = 8.0, 1e4
 NULL_ROWS = 4
+NULL_CAUTION = 2.0
+PROGRESS = 5  #: steps in which what lacks must halve, or patience counts
 SLOW_SHARE = 0.03  #: of the time limit; gradients that take longer are asked for few rows
 
 
@@ -214,15 +216,18 @@ class _Search:
         return state
 
     @property
+    def _cramped(self) -> bool:
+        """Whether no pass fits in any more."""
+        return self.deadline.seconds is not None and self.deadline.left < self.pass_seconds
+
+    @property
     def _impatient(self) -> bool:
-        """Whether no pass fits in any more, or time is better spent on growing, by many passes."""
+        """Whether time is better spent on growing, which takes many passes."""
         limit = self.deadline.seconds
         if limit is None:
             return False
-        if self.deadline.left < self.pass_seconds:
-            return True
         quick = self.pass_seconds < QUICK_SHARE * limit
-        return quick and self.deadline.elapsed > self.patience * limit
+        return quick and not self._late and self.deadline.elapsed > self.patience * limit
 
     # Growth
 
@@ -287,36 +292,48 @@ class _Search:
         else:
             held = self.margins.value(theta, slopes)
             state = self._at(theta, *self._better(theta, slopes, held))
-        bundle, caution = Bundle(self.distance), 0.1
+        bundle, caution, easy = Bundle(self.distance), 0.1, True
+        history: list[float] = []
         for step in range(steps):
             if state.lowest >= 0.5 * self.aim:
                 return state
-            if self._impatient:
+            history.append(self.aim - state.lowest)
+            slow = len(history) <= PROGRESS or history[-1] > 0.5 * history[-1 - PROGRESS]
+            if self._cramped or (slow and self._impatient):
                 break
-            logger.debug("restore %d: lowest margin %g", step, state.lowest)
-            bundle.add(self._linearize(state), state.theta, replace=True)
+            logger.debug("restore %d: lowest margin %g, caution %g", step, state.lowest, caution)
+            bundle.add(self._linearize(state), state.theta, replace=easy)
+            before = caution
             state, caution = self._restore_once(state, bundle, caution)
+            easy = caution < before
             self.note(state)
         if state.lowest >= 0.5 * self.aim:
             return state
         raise InfeasibleEditError(f"lowest margin still {state.lowest:g} when time was over")
 
     def _restore_once(self, state: _State, bundle: Bundle, caution: float) -> tuple[_State, float]:
-        value = state.value[bundle.index]
+        moved = state.theta - self.origin
         for attempt in range(BACKTRACKS):
+            value = bundle.lines(state.theta, state.value)
             if self.deadline.over:
                 raise InfeasibleEditError(f"time over with the lowest margin at {state.lowest:g}")
             wanted = (1.5 * self.aim - value).clamp_min(0) / (1 + caution)
             lift = torch.where(value < self.aim, wanted, self.aim - value)
-            step = None if bundle.rows is None else self.distance.step(bundle.rows, lift)
+            rows = bundle.rows
+            step = None if rows is None else self.distance.shortest(rows, moved, lift)
             if step is not None:
                 theta = state.theta + step.delta
                 trial = self.margins.value(theta, state.slopes)
                 rise = float(trial.clamp_max(self.aim).min()) - min(state.lowest, self.aim)
                 if rise > FAIR_SHARE * float(wanted[value.argmin()]):
+                    bundle.used(step.multipliers)
                     better = self._better(theta, state.slopes, trial)
                     return self._at(theta, *better), caution * (0.4 if attempt == 0 else 1.0)
-            caution = max(4 * caution, 0.05)
+                if attempt and self.deadline.left > self.pass_seconds:
+                    # There is a kink on the way: from now on its other side counts as well.
+                    refused = self._at(theta, state.slopes, trial)
+                    bundle.add(self._linearize(refused, few=True), theta)
+            caution = max((NULL_CAUTION if attempt else 4) * caution, 0.05)
         raise InfeasibleEditError(f"no step raises the lowest margin above {state.lowest:g}")
 
     def _better(self, theta: Tensor, slopes: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
