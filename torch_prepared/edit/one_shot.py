@@ -126,10 +126,9 @@ class OneShotEditor(Editor):
                 if np.any(delta)
             }
             stored = problem.store(changed)
-            lowest = self._lowest(problem, layer, boxes, picks, stored)
-            if lowest > 0:
+            if self._holds(problem, layer, boxes, picks, stored):
                 break
-            margin = max(8 * margin, margin - 2 * lowest)
+            margin *= 8
         before = self._before(problem, layer)
         return Candidate(
             stored,
@@ -194,16 +193,15 @@ class OneShotEditor(Editor):
             exact = exact | flipped | (attempt >= PARTIAL_ROUNDS)
         return deltas, solution
 
-    def _lowest(
+    def _holds(
         self,
         problem: EditProblem,
         layer: str,
         boxes: list[dict[str, Interval]],
         picks: list[_Pick],
         stored: Mapping[str, Tensor],
-    ) -> float:
-        """What interval propagation after the layer proves of the rows for the stored weights."""
-        found = np.inf
+    ) -> bool:
+        """Whether interval propagation after the layer proves the rows for the stored weights."""
         changed = {name: value.double().cpu() for name, value in stored.items()}
         order = [node.name for node in problem.exact.nodes]
         fixed = order[: order.index(layer)]
@@ -218,8 +216,9 @@ class OneShotEditor(Editor):
                     problem.exact, region, after, torch.from_numpy(pick.rows)[None],
                     parameters=changed, shallow=True,
                 ).lower  # fmt: skip
-            found = min(found, float((lower[0] + torch.from_numpy(pick.offset)).min()))
-        return found
+            if not bool((lower[0] + torch.from_numpy(pick.offset) > 0).all()):
+                return False
+        return True
 
 
 @dataclass(frozen=True)

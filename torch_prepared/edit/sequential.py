@@ -11,7 +11,8 @@ that linearly reaches a target,
     min |s|   subject to   J s >= target - v.
 
 It counts when the lowest *true* margin, for the same relaxation slopes, rises by a fair share of
-what was promised; otherwise the target comes closer.
+what was promised; otherwise the target comes closer, and after a second failure the margins where
+the step led are linearized as well: a kink lies between, and both of its sides count.
 
 *Shrinking.* From a feasible theta the weights are pulled toward the original ones,
 
@@ -67,8 +68,8 @@ BACKTRACKS = 12
 FAIR_SHARE = 0.1
 REPORT_GAIN = 0.95
 FIRST_PULL, LAST_PULL = 8.0, 1e4
-NULL_ROWS = 4
-NULL_CAUTION = 2.0
+NULL_ROWS = 4  #: of lowest margins, linearized where a step failed
+FIRST_RETREAT, RETREAT = 4.0, 2.0  #: of the caution, after a failed step and after more of them
 PROGRESS = 5  #: steps in which what lacks must halve, or patience counts
 SLOW_SHARE = 0.03  #: of the time limit; gradients that take longer are asked for few rows
 
@@ -333,7 +334,7 @@ class _Search:
                     # There is a kink on the way: from now on its other side counts as well.
                     refused = self._at(theta, state.slopes, trial)
                     bundle.add(self._linearize(refused, few=True), theta)
-            caution = max((NULL_CAUTION if attempt else 4) * caution, 0.05)
+            caution = max((RETREAT if attempt else FIRST_RETREAT) * caution, 0.05)
         raise InfeasibleEditError(f"no step raises the lowest margin above {state.lowest:g}")
 
     def _better(self, theta: Tensor, slopes: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
