@@ -17,7 +17,7 @@ from benchmarks import _study, fig_vnncomp  # noqa: E402 - needs the path above
 from benchmarks._process import Finished  # noqa: E402
 from benchmarks._study import Settings, property_rows, run_case  # noqa: E402
 from benchmarks._vnncomp import Case, find_cases, keep_the_rest, merge_by_network  # noqa: E402
-from benchmarks._vnncomp_report import Study, markdown_table  # noqa: E402
+from benchmarks._vnncomp_report import Study, draw, markdown_table  # noqa: E402
 
 
 @pytest.fixture
@@ -162,3 +162,10 @@ def test_the_table_counts_properties_too():
     rows = ({**single, "per_property": [{"certified": True}, {"certified": False}]},)
     text = markdown_table([Study("auto", "joint", 45.0, rows)])
     assert "| toy | auto, joint | 1 / 1 (1 / 2 properties) |" in text
+
+
+def test_another_limit_is_named_in_the_table_and_left_out_of_pictures(tmp_path: Path):
+    single = {"certified": True, "benchmark": "toy", "total_seconds": 50.0, "relative_l2": 0.1}
+    longer = Study("auto", "single", 300.0, ({**single, "per_property": []},))
+    assert "| toy | auto, 300 s | 1 / 1 | 1 | 50 |" in markdown_table([longer])
+    assert draw([longer], tmp_path) == []

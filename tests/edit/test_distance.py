@@ -182,7 +182,7 @@ def test_projections_on_many_rows_need_few_of_them(
     rows = distance.extend(None, jacobian)
     found = distance.step(rows, lift)
     assert found is not None
-    monkeypatch.setattr("torch_prepared.edit._distance.MANY_ROWS", 10**9)
+    monkeypatch.setattr("torch_prepared.solvers.projection._FEW", 10**9)  # by all at once
     plain = distance.step(rows, lift)
     assert plain is not None
     assert (found.multipliers >= 0).all()

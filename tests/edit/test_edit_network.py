@@ -13,6 +13,7 @@ from torch import nn
 import torch_prepared as tp
 from torch_prepared.bounds.parametric import editable_layers
 from torch_prepared.edit import EDITORS, Candidate, Editor, EditProblem
+from torch_prepared.edit._behavior import Drawdown, Reference
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.edit.one_shot import OneShotEditor
 from torch_prepared.errors import InfeasibleEditError, ModelFormatError, SpecError
@@ -184,6 +185,36 @@ def test_claims_are_not_believed_and_interrupts_keep_the_best(
     )
     assert [a.certified for a in result.report.attempts] == [False, True]
     assert result.status is tp.Verdict.CERTIFIED
+
+
+class RepetitiveEditor(Editor):
+    """Proposes the same good edit again and again."""
+
+    name = "repetitive"
+
+    def candidates(self, problem: EditProblem, deadline):
+        found = next(iter(EDITORS["one_shot"]().candidates(problem, deadline)))
+        for number in range(3):
+            yield dataclasses.replace(found, note=str(number))
+
+
+def test_the_best_edit_loses_least_in_decisions_and_outputs_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Perfect decisions do not excuse ruined outputs, nor small changes lost decisions."""
+    monkeypatch.setitem(EDITORS, "repetitive", RepetitiveEditor)
+    judged = [
+        Drawdown(agreement, None, None, relative**2, relative, relative, 100, "preserve")
+        for agreement, relative in ((1.0, 100.0), (0.99, 0.1), (0.8, 0.05))
+    ]
+    told = iter(judged)
+    monkeypatch.setattr(Reference, "drawdown", lambda *_: next(told))
+    model = network()
+    result = tp.edit_network(
+        model, violated(model, CENTER), method="repetitive", example_input=CENTER[None]
+    )
+    assert [a.note for a in result.report.attempts] == ["0", "1", "2"]
+    assert result.report.drawdown == judged[1]
 
 
 def test_bad_input_is_named() -> None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import time
+from itertools import pairwise
+
 import pytest
 import torch
+from torch import Tensor
 
 import torch_prepared as tp
 from tests.edit.test_edit_network import CENTER, network, violated
 from tests.helpers import NETWORKS, mlp, random_boxes
 from torch_prepared.bounds import PropertyBatch
 from torch_prepared.certify import Verdict
+from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.rows import LinearRows, Unknowns
-from torch_prepared.edit import _linearize, sequential
-from torch_prepared.edit._base import Norm
+from torch_prepared.edit import _linearize, _pace, sequential
+from torch_prepared.edit._atomic import AtomicDistance
+from torch_prepared.edit._base import EditOptions, EditProblem, Norm
+from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._bundle import Bundle
 from torch_prepared.edit._certify import certify_network
-from torch_prepared.edit._distance import AtomicDistance, QuadraticDistance
+from torch_prepared.edit._distance import QuadraticDistance
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._metric import euclidean_metric
+from torch_prepared.edit._pace import Pace
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
@@ -262,3 +271,115 @@ def test_gradients_do_not_depend_on_what_shares_a_pass(
         assert torch.equal(found[-1].rows, rows)
     for other in found[1:]:
         torch.testing.assert_close(other.jacobian, found[0].jacobian, rtol=1e-4, atol=1e-5)
+
+
+def crowded_task(radius: float = 0.09) -> tuple[torch.nn.Module, Tensor, list[Property]]:
+    """A trained classifier and boxes around six of its points, of three classes, close together."""
+    torch.manual_seed(1)
+    x = torch.rand(600, 6, generator=torch.Generator().manual_seed(1))
+    label = (x[:, 0] + 0.5 * torch.sin(6 * x[:, 1]) > 0.75).long() + (x[:, 2] > 0.6).long()
+    sizes = (6, 24, 24, 24, 24)
+    layers = [m for n, k in pairwise(sizes) for m in (torch.nn.Linear(n, k), torch.nn.ReLU())]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(24, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), label).backward()
+        optimizer.step()
+    right = model(x).argmax(dim=1) == label
+    chosen = [i for c in range(3) for i in (right & (label == c)).nonzero()[:2, 0].tolist()]
+    boxes = [Box((x[i] - radius).double(), (x[i] + radius).double()) for i in chosen]
+    return (
+        model,
+        x,
+        [
+            Property(box, SafeSet.argmax(int(label[i]), 3), f"p{i}")
+            for i, box in zip(chosen, boxes, strict=True)
+        ],
+    )
+
+
+def crowded_search(radius: float = 0.09) -> sequential._Search:
+    model, x, properties = crowded_task(radius)
+    graph = tp.capture_module(model, x[:1])
+    reference = Reference.of(graph, x, None, None, tuple(properties), 0)
+    problem = EditProblem(graph, tuple(properties), reference, EditOptions(norm=Norm.L2))
+    return sequential._Search.start(problem, 0.1, Deadline(None))
+
+
+def test_goals_are_most_of_the_centers_margins_and_half_of_what_holds_anyway() -> None:
+    search = crowded_search(0.02)
+    center, whole = (search.margins.scaled(s).choose(search.origin)[0] for s in (0.0, 1.0))
+    signal, goal = search._goals(search.margins)
+    torch.testing.assert_close(signal, center)
+    holds = whole > search.aim
+    assert 0 < int(holds.sum()) < len(holds)
+    assert bool((goal >= search.aim).all())
+    most = (sequential.SIGNAL * center).clamp_min(search.aim)
+    torch.testing.assert_close(goal[~holds], most[~holds])
+    half = torch.minimum(most, sequential.HELD * whole)
+    torch.testing.assert_close(goal[holds], half[holds].clamp_min(search.aim))
+    assert bool((goal[holds] < most[holds]).any())
+
+
+def test_only_margins_below_their_goal_are_linearized() -> None:
+    search = crowded_search(0.02)
+    _, search.goal = search._goals(search.margins)
+    value, slopes = search.margins.choose(search.origin)
+    line = search._linearize(search._at(search.origin, slopes, value))
+    assert sorted(line.rows.tolist()) == (value < search.goal).nonzero()[:, 0].tolist()
+    assert 0 < len(line.rows) < len(value)
+
+
+@pytest.mark.parametrize("depth", [0.05, 0.5])
+def test_the_next_size_is_the_largest_that_one_step_can_follow(depth: float) -> None:
+    search = crowded_search()
+    size = search._reach(search.margins, search.origin, depth)
+    sizes = torch.tensor([size, min(1.0, size + 2 * sequential.GROWTH_GAIN * size)])
+    near, far = (
+        float(search.margins.scaled(float(s)).choose(search.origin)[0].min()) for s in sizes
+    )
+    assert 0.0 < size < 1.0
+    assert far < -depth <= near
+
+
+class TestPace:
+    def test_growth_ends_in_time_for_the_leap_and_never_without_a_limit(self) -> None:
+        now = time.monotonic()
+        assert Pace(Deadline(None), pass_seconds=1e9).growing == math.inf
+        assert Pace(Deadline(100.0, now)).growing > 0
+        assert Pace(Deadline(100.0, now - 80.0)).growing < 0
+        assert Pace(Deadline(100.0, now), pass_seconds=100.0 / _pace.LEAP).growing < 0
+
+    def test_slow_gradients_leave_no_time_for_growth(self) -> None:
+        pace = Pace(Deadline(100.0), row_seconds=2 * _pace.SLOW_SHARE * 100.0)
+        assert pace.slow
+        assert pace.growing == 0.0
+        assert not Pace(Deadline(None), row_seconds=1e9).slow
+
+    def test_growth_is_behind_when_its_rest_takes_longer_than_there_is(self) -> None:
+        pace = Pace(Deadline(100.0))
+        left = pace.growing
+        assert not pace.behind(0.5, 0.9 * left)
+        assert pace.behind(0.5, 1.1 * left)
+        assert pace.behind(0.1, 0.2 * left)
+        assert not pace.behind(1.0, 1e9)
+        assert not Pace(Deadline(None)).behind(0.01, 1e9)
+
+    def test_a_pass_that_does_not_fit_and_the_end(self) -> None:
+        late = time.monotonic() - 90.0
+        assert Pace(Deadline(100.0, late), pass_seconds=20.0).cramped
+        assert not Pace(Deadline(100.0, late), pass_seconds=5.0).cramped
+        assert Pace(Deadline(100.0, late)).ending
+        assert Pace(Deadline(100.0), reserve=200.0).ending
+        assert not Pace(Deadline(None), reserve=1e9).ending
+
+    def test_passes_and_candidates_are_timed(self) -> None:
+        pace = Pace(Deadline(100.0))
+        with pace.gradients(4):
+            time.sleep(0.02)
+        assert pace.pass_seconds >= 0.02
+        assert pace.row_seconds == pytest.approx(pace.pass_seconds / 4)
+        with pace.candidate():
+            time.sleep(0.02)
+        assert pace.reserve >= 0.03

@@ -19,9 +19,10 @@ from torch_prepared.certify import Certificate, check_certificate, weights_diges
 from torch_prepared.cluster._group import Group
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._base import EditProblem
-from torch_prepared.edit._distance import Distance, QuadraticDistance, choose_distance
+from torch_prepared.edit._distance import QuadraticDistance, choose_distance
 from torch_prepared.edit._driver import Task
 from torch_prepared.edit._linearize import MarginFunction
+from torch_prepared.edit._steps import Distance
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import ClusterError
 

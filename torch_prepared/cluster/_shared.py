@@ -13,8 +13,8 @@ from torch import Tensor
 from torch_prepared.cluster import _shards
 from torch_prepared.cluster._ranks import Ranks
 from torch_prepared.cluster._shards import NOTHING
-from torch_prepared.edit._distance import Distance, Rows, bordered
 from torch_prepared.edit._linearize import Linearization, MarginFunction
+from torch_prepared.edit._steps import Distance, Rows, bordered
 
 __all__ = ["SharedMargins"]
 

@@ -33,9 +33,9 @@ from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork
 from torch_prepared.edit._base import EditProblem, Norm
 from torch_prepared.edit._certify import Certified
-from torch_prepared.edit._distance import Distance
 from torch_prepared.edit._driver import Run, Task
 from torch_prepared.edit._result import EditResult
+from torch_prepared.edit._steps import Distance
 from torch_prepared.edit._team import Team
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import ClusterError, PreparedError

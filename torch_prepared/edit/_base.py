@@ -104,8 +104,9 @@ class EditProblem:
 
     @cached_property
     def to_keep(self) -> Reference:
-        """The reference inputs that the properties allow to stay as they are."""
-        return self.reference.that_may_stay(self.properties)
+        """The reference inputs, few of them with blends, that the properties allow to stay."""
+        blended = self.reference.blended(self.graph, self.options.seed)
+        return blended.that_may_stay(self.properties)
 
     @cached_property
     def tightens(self) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from torch_prepared.bounds.cost import node_flops
 from torch_prepared.core.graph import Graph
 from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
@@ -17,6 +18,8 @@ from torch_prepared.specs import Property
 __all__ = ["Drawdown", "Reference", "evaluate_on"]
 
 _CHUNK = 512
+BLENDS, ENOUGH = 3, 4000  #: for each input, and inputs that need none
+BLEND_FLOPS = 2e10  #: that evaluating all of them may take
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,21 @@ class Drawdown:
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs (q, n) on which the network should stay as it is, with its outputs there (q, m)."""
+    """Inputs (q, n) on which the network should stay as it is, with its outputs there (q, m).
+
+    Args:
+        inputs: those that were given or sampled, then blends of them if there are any.
+        outputs: of the original network.
+        labels: the right classes (q,) where they are known.
+        source: see :class:`Drawdown`.
+        blends: how many of the last inputs are blends.
+    """
 
     inputs: Tensor
     outputs: Tensor
     labels: Tensor | None
     source: str
+    blends: int = 0
 
     @classmethod
     def of(
@@ -116,7 +128,46 @@ class Reference:
         if bool(free.all()) or not bool(free.any()):
             return self
         labels = None if self.labels is None else self.labels[free]
-        return Reference(self.inputs[free], self.outputs[free], labels, self.source)
+        blends = int(free[len(free) - self.blends :].sum())
+        return Reference(self.inputs[free], self.outputs[free], labels, self.source, blends)
+
+    def blended(self, graph: Graph, seed: int) -> Reference:
+        """With inputs between pairs of the user's few, where more are quickly evaluated.
+
+        An edit that fits these alone may forget others like them, and nobody needs labels to know
+        what the original network says in between. A blend lies between one input and its middle
+        with another.
+
+        Source: mixup, Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018).
+        """
+        given = len(self.inputs)
+        each = sum(node_flops(graph, node) for node in graph.nodes[1:])
+        most = min(ENOUGH, int(BLEND_FLOPS / max(each, 1.0)))
+        count = min(BLENDS * given, most - given)
+        if self.source != "preserve" or given < 2 or count <= 0:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        first, second = torch.randint(given, (2, count), generator=generator)
+        share = 0.5 + 0.5 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+        ends = self.inputs.double()
+        mixed = (share * ends[first] + (1 - share) * ends[second]).to(self.inputs)
+        outputs = evaluate_on(graph, mixed)
+        labels = None
+        if self.labels is not None:
+            labels = torch.cat([self.labels, outputs.argmax(dim=1).to(self.labels)])
+        return Reference(
+            torch.cat([self.inputs, mixed]),
+            torch.cat([self.outputs, outputs]),
+            labels,
+            self.source,
+            count,
+        )
+
+    def choose(self, count: int, generator: torch.Generator) -> Tensor:
+        """Positions of so many inputs; no blends where not even all the others fit."""
+        total = len(self.inputs)
+        given = total - self.blends
+        return torch.randperm(total if count >= given else given, generator=generator)[:count]
 
     @cached_property
     def spread(self) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_prepared.core.rows import Floats
-from torch_prepared.edit._distance import Distance, Rows
 from torch_prepared.edit._linearize import Linearization
+from torch_prepared.edit._steps import Distance, Rows
 
 __all__ = ["Bundle"]
 

@@ -5,138 +5,37 @@ Quadratic distances: the projection onto half-spaces, through its dual of as man
 Behavior: what the outputs' changes on reference inputs cost is evaluated, and its Gauss-Newton
 metric at the original weights only says which steps to take. A network that has moved far is no
 longer described by that metric: it may call a change free that the outputs show clearly.
-
-The other norms are gauges of a set of atoms: ``|d| = min sum c_a`` over ``d = sum c_a a, c >= 0``.
-The 1-norm has the signed units as atoms, the largest-entry norm the sign vectors, and their sum
-the vectors with k entries ``+-1 / (k + 1)``. So the smallest step is a linear program with one
-column per atom and one row per half-space; columns are generated where the dual prices them, by
-one sort of ``J' multipliers``, and p never enters the program.
-
-Source: column generation, Dantzig and Wolfe (1960); atomic norms, Chandrasekaran et al., "The
-convex geometry of linear inverse problems" (2012).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from torch_prepared.core.rows import Floats, LinearRows
+from torch_prepared.edit._atomic import AtomicDistance
 from torch_prepared.edit._base import EditProblem, Norm
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._loss import BehaviorLoss
-from torch_prepared.edit._metric import Metric, behavior_metric
+from torch_prepared.edit._metric import Metric, MetricGram, behavior_metric
+from torch_prepared.edit._steps import Distance, Rows, Step, bordered
 from torch_prepared.edit._vector import ParameterVector
-from torch_prepared.solvers import (
-    DualProjection,
-    LinearProgram,
-    Status,
-    gram_matrix,
-    project,
-    solve,
-)
+from torch_prepared.solvers import Status, gram_matrix, project
 
 __all__ = [
-    "AtomicDistance",
     "BehaviorDistance",
-    "Distance",
     "QuadraticDistance",
-    "Rows",
-    "Step",
-    "bordered",
     "choose_distance",
     "quadratic_distance",
 ]
 
-ROUNDS = 300
-OPTIMAL = 1e-3  #: relative gap at which column generation stops
 NEWTON_STEPS, FEWEST_STEPS = 8, 2
 NEWTON_FLOPS = 1e10  #: of evaluations, one per step; a step takes about five
 NEWTON_GAIN = 0.95  #: how far a step must bring the distance down to be followed by another
 DAMPING_FACTOR, MOST_DAMPING = 4.0, 1e8  #: of the metric, from step to step and of the ridge
 MOST_DAMPINGS, FEWEST_DAMPINGS = 14, 2  #: tried in a row
-MANY_ROWS = 128  #: beyond which a projection looks for the few that matter
-SETTLED = 1e-10  #: violation that counts as none, in row norms and relative to the largest
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Half-spaces' normals (m, p) with what all metrics of one sketch need to know of them.
-
-    Args:
-        jacobian: (m, p).
-        products: ``jacobian jacobian'`` (m, m), float64.
-        image: (m, k), see :meth:`Metric.image`.
-    """
-
-    jacobian: Tensor
-    products: Tensor
-    image: Tensor
-
-    def take(self, kept: Tensor) -> Rows:
-        """The rows at positions ``kept``."""
-        return Rows(self.jacobian[kept], self.products[kept][:, kept], self.image[kept])
-
-    def effect(self, vector: Tensor) -> Tensor:
-        """Inner products (m,) with a vector (p,), float64."""
-        return (self.jacobian @ vector.to(self.jacobian)).double()
-
-    def combine(self, weights: Tensor) -> Tensor:
-        """The sum (p,), float64, of the rows by ``weights`` (m,)."""
-        return (weights.to(self.jacobian) @ self.jacobian).double()
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step (p,), float64, and the multipliers (m,) of its rows.
-
-    Args:
-        delta: the step.
-        multipliers: of the rows.
-        damping: of the metric in which to look for the next one; 0 where there is no choice.
-    """
-
-    delta: Tensor
-    multipliers: Floats
-    damping: float = 0.0
-
-
-class Distance(ABC):
-    """How far a weight change goes, and the shortest one with given linear effects."""
-
-    @abstractmethod
-    def size(self, delta: Tensor) -> float:
-        """The distance of a change (p,); the square of a quadratic one."""
-
-    @abstractmethod
-    def extend(self, rows: Rows | None, jacobian: Tensor) -> Rows:
-        """``rows`` and then those of ``jacobian`` (k, p)."""
-
-    @abstractmethod
-    def step(self, rows: Rows, lift: Tensor) -> Step | None:
-        """The smallest step with ``jacobian @ step >= lift`` (m,); None when none was found."""
-
-    def nearest(self, rows: Rows, delta: Tensor, lift: Tensor) -> Step | None:
-        """The step from ``delta`` (p,) to the smallest change with ``jacobian @ step >= lift``."""
-        found = self.step(rows, lift + rows.effect(delta))
-        return None if found is None else Step(found.delta - delta, found.multipliers)
-
-    def shortest(self, rows: Rows, delta: Tensor, lift: Tensor) -> Step | None:
-        """A short step from ``delta`` (p,) with ``jacobian @ step >= lift``, if one is found."""
-        return self.step(rows, lift)
-
-    def around(self, delta: Tensor) -> Distance:
-        """The same distance, steps measured as suits a change (p,) that has gone far."""
-        return self
-
-    def after(self, step: Step) -> Distance:
-        """The same distance, the next step looked for where ``step`` was found."""
-        return self
 
 
 @dataclass(frozen=True)
@@ -284,73 +183,6 @@ class BehaviorDistance(QuadraticDistance):
         return None
 
 
-@dataclass(frozen=True)
-class AtomicDistance(Distance):
-    """``|delta|_1``, ``|delta|_inf`` or their sum."""
-
-    norm: Norm
-
-    def size(self, delta: Tensor) -> float:
-        size = delta.abs()
-        one = 0.0 if self.norm is Norm.LINF else float(size.sum())
-        return one if self.norm is Norm.L1 else one + float(size.max())
-
-    def extend(self, rows: Rows | None, jacobian: Tensor) -> Rows:
-        every = jacobian if rows is None else torch.cat([rows.jacobian, jacobian])
-        m = len(every)
-        return Rows(every, every.new_zeros(m, m), every.new_zeros(m, 0))
-
-    def step(self, rows: Rows, lift: Tensor) -> Step | None:
-        matrix = rows.jacobian.double()
-        target = lift.numpy()
-        if not (target > 0).any():
-            return Step(torch.zeros(matrix.shape[1], dtype=torch.float64), np.zeros(len(target)))
-        scale = np.maximum(matrix.abs().amax(dim=1).numpy(), 1e-300)
-        atoms = [self._atom(row) for row in matrix]
-        for _ in range(ROUNDS):
-            images = np.stack([matrix[:, where] @ entries for where, entries in atoms], axis=1)
-            answer = self._master(images / scale[:, None], target / scale)
-            if answer is None:
-                return None
-            weights, prices = answer
-            multipliers = prices / scale
-            where, entries = self._atom(matrix.T @ torch.from_numpy(multipliers))
-            price = float(multipliers @ (matrix[:, where] @ entries).numpy())
-            if price <= 1 + OPTIMAL:
-                break
-            atoms.append((where, entries))
-        step = torch.zeros(matrix.shape[1], dtype=torch.float64)
-        for (where, entries), weight in zip(atoms, weights, strict=False):
-            step[where] += weight * entries
-        return Step(step, multipliers)
-
-    def _master(self, images: Floats, target: Floats) -> tuple[Floats, Floats] | None:
-        """Weights of the atoms and prices of the rows; rows may be missed at a huge cost."""
-        m, k = images.shape
-        penalty = 1e6 / max(float(np.abs(images).max()), 1e-300)
-        matrix = np.concatenate([images, np.eye(m)], axis=1)
-        cost = np.concatenate([np.ones(k), np.full(m, penalty)])
-        program = LinearProgram(
-            cost, LinearRows(matrix, target), np.zeros(m + k), np.full(m + k, np.inf)
-        )
-        answer = solve(program)
-        if answer.status is not Status.OPTIMAL or answer.x is None or answer.duals is None:
-            return None
-        return answer.x[:k], np.maximum(answer.duals, 0.0)
-
-    def _atom(self, price: Tensor) -> tuple[Tensor, Tensor]:
-        """The atom of largest inner product with ``price`` (p,): positions and entries."""
-        if self.norm is Norm.L1:
-            where = price.abs().argmax()[None]
-            return where, price[where].sign()
-        if self.norm is Norm.LINF:
-            return torch.arange(len(price)), price.sign()
-        size, order = price.abs().sort(descending=True)
-        count = torch.arange(1, len(size) + 1, dtype=size.dtype)
-        k = int((size.cumsum(0) / (count + 1)).argmax()) + 1
-        return order[:k], price[order[:k]].sign() / (k + 1)
-
-
 def choose_distance(problem: EditProblem, vector: ParameterVector, damping: float) -> Distance:
     """The distance of the problem's norm: behavior when none was asked for."""
     norm = problem.options.norm
@@ -377,50 +209,11 @@ def quadratic_distance(
     return BehaviorDistance(metric, metric.damping, origin, loss, reference, problem.options.seed)
 
 
-def bordered(old: Tensor, cross: Tensor, fresh: Tensor) -> Tensor:
-    """The symmetric matrix of blocks ``old`` (m, m), ``cross`` (m, k) and ``fresh`` (k, k)."""
-    return torch.cat([torch.cat([old, cross], 1), torch.cat([cross.T, fresh], 1)])
-
-
 def _project(metric: Metric, rows: Rows, lift: Tensor) -> Step | None:
     """The smallest step in a metric with ``jacobian @ step >= lift`` (m,)."""
-    found = _few_multipliers(metric, rows, lift) if len(lift) > MANY_ROWS else None
-    if found is None:
-        found = project(metric.gram(rows.products, rows.image), lift)
-    if found.status is Status.INFEASIBLE:
+    answer = project(MetricGram(metric, rows.products, rows.image), lift)
+    if answer.status is Status.INFEASIBLE:
         return None
-    weights = torch.from_numpy(found.multipliers)
+    weights = torch.from_numpy(answer.multipliers)
     delta = metric.solve(rows.combine(weights)[None], (weights @ rows.image)[None])[0]
-    return Step(delta, found.multipliers, metric.damping)
-
-
-def _few_multipliers(metric: Metric, rows: Rows, lift: Tensor) -> DualProjection | None:
-    """:func:`project` by the few of many rows that prove to matter; None where these get too many.
-
-    The Gram matrix is formed of these alone, and grows by the rows that the last solution violates
-    most. A ray of some rows is one of all.
-    """
-    norms = metric.lengths(rows.products.diagonal(), rows.image).clamp_min(1e-300)
-    lack = lift / norms
-    enough = SETTLED * float(lack.max())
-    chosen = torch.zeros(len(lift), dtype=torch.bool)
-    answer: DualProjection | None = None
-    while True:
-        missing = ((lack > enough) & ~chosen).nonzero()[:, 0]
-        if not len(missing) and answer is not None:
-            every = np.zeros(len(lift))
-            every[chosen.numpy()] = answer.multipliers
-            return replace(answer, multipliers=every)
-        most = max(MANY_ROWS // 2, int(chosen.sum()))
-        chosen[missing[lack[missing].argsort(descending=True, stable=True)[:most]]] = True
-        if not len(missing) or 2 * int(chosen.sum()) > len(lift):
-            return None
-        cross, image = rows.products[chosen], rows.image[chosen]
-        answer = project(metric.gram(cross[:, chosen], image), lift[chosen])
-        if answer.status is Status.INFEASIBLE:
-            return answer
-        if answer.status is not Status.OPTIMAL:
-            return None
-        weights = torch.from_numpy(answer.multipliers)[None]
-        effect = metric.gram(weights @ cross, weights @ image, rows.image)[0]
-        lack = (lift - effect) / norms
+    return Step(delta, answer.multipliers, metric.damping)

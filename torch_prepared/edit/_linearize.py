@@ -35,7 +35,7 @@ from torch_prepared.relax.relu import TwoPiece
 from torch_prepared.specs import Property
 
 if TYPE_CHECKING:
-    from torch_prepared.edit._distance import Distance, Rows
+    from torch_prepared.edit._steps import Distance, Rows
 
 __all__ = ["Linearization", "MarginFunction"]
 

@@ -49,7 +49,7 @@ class BehaviorLoss:
         if count < min(len(reference.inputs), FEWEST_INPUTS):
             return None
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(reference.inputs), generator=generator)[:count]
+        chosen = reference.choose(count, generator)
         single = graph.to(torch.float32, "cpu")
         inputs = reference.inputs[chosen].float()
         outputs = evaluate_on(single, inputs)

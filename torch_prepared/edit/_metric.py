@@ -19,8 +19,9 @@ from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._importance import Importance
 from torch_prepared.edit._sketch import FlatSketch, Sketch, row_scalars, sketch_rows
 from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.solvers import Gram
 
-__all__ = ["Metric", "behavior_metric", "euclidean_metric"]
+__all__ = ["Metric", "MetricGram", "behavior_metric", "euclidean_metric"]
 
 MOST_ROWS, FEWEST_ROWS = 1000, 16
 GRAM_FLOPS = 1e11  #: worth spending on the rows' inner products
@@ -60,20 +61,9 @@ class Metric:
             return torch.zeros(len(rows), 0, dtype=torch.float64)
         return self.sketch.times(rows).double()
 
-    def gram(self, products: Tensor, image: Tensor, others: Tensor | None = None) -> Tensor:
-        """``rows M^-1 rows'`` from ``rows rows'`` (m, m) and :meth:`image` (m, k), float64.
-
-        With ``others`` (n, k), the image of other rows: ``rows M^-1 others'`` from
-        ``rows others'`` (m, n).
-        """
-        return (
-            products - self._inner(image) @ (image if others is None else others).T
-        ) / self.damping
-
-    def lengths(self, squares: Tensor, image: Tensor) -> Tensor:
-        """``sqrt(row M^-1 row')`` of each row (m,) from their squared 2-norms and images (m, k)."""
-        inner = (self._inner(image) * image).sum(dim=1)
-        return ((squares - inner) / self.damping).clamp_min(0.0).sqrt()
+    def gram(self, products: Tensor, image: Tensor) -> Tensor:
+        """``rows M^-1 rows'`` from ``rows rows'`` (m, m) and :meth:`image` (m, k), float64."""
+        return MetricGram(self, products, image).whole()[0]
 
     def solve(self, rows: Tensor, image: Tensor | None = None) -> Tensor:
         """``rows M^-1``: (m, p) to (m, p), by Woodbury; ``image`` is computed when None."""
@@ -96,6 +86,58 @@ class Metric:
         if self.sketch is not None:
             value += float(self.sketch.times(delta[None]).double().square().sum())
         return value
+
+
+class MetricGram(Gram):
+    """``S J M^-1 J' S`` of rows J, and 1 on the diagonal where ``dead``; one sample.
+
+    Args:
+        metric: M.
+        products: ``J J'`` (m, m), float64.
+        image: of the rows, (m, k), float64.
+        scale: the diagonal of S, (1, m); None: the identity.
+        dead: (1, m).
+    """
+
+    def __init__(
+        self, metric: Metric, products: Tensor, image: Tensor,
+        scale: Tensor | None = None, dead: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self._metric, self._products, self._image = metric, products, image
+        ones = products.new_ones(1, len(products))
+        self._scale = ones if scale is None else scale
+        self._dead = ones == 0 if dead is None else dead
+
+    def norms(self) -> Tensor:
+        inner = (self._metric._inner(self._image) * self._image).sum(dim=1)
+        squares = (self._products.diagonal() - inner) / self._metric.damping
+        return squares.clamp_min(0.0).sqrt()[None] * self._scale
+
+    def scaled(self, scale: Tensor, dead: Tensor) -> MetricGram:
+        both = self._scale * scale
+        return MetricGram(self._metric, self._products, self._image, both, dead)
+
+    def times(self, x: Tensor) -> Tensor:
+        weights = x * self._scale
+        inner = self._metric._inner(weights @ self._image) @ self._image.T
+        image = (weights @ self._products - inner) / self._metric.damping
+        return image * self._scale + torch.where(self._dead, x, 0.0)
+
+    def block(self, index: Tensor, valid: Tensor) -> Tensor:
+        rows = index[0]
+        image, scale = self._image[rows], self._scale[0, rows]
+        inner = self._metric._inner(image) @ image.T
+        block = (self._products[rows][:, rows] - inner) / self._metric.damping
+        block = 0.5 * (block + block.T) * scale[:, None] * scale
+        block.diagonal().add_(self._dead[0, rows].to(block))
+        return block[None]
+
+    def take(self, samples: Tensor) -> MetricGram:
+        return self
+
+    def whole(self) -> Tensor:
+        every = torch.arange(len(self._products))[None]
+        return self.block(every, torch.ones_like(every, dtype=torch.bool))
 
 
 def euclidean_metric() -> Metric:
@@ -129,7 +171,7 @@ def behavior_metric(
     generator = torch.Generator().manual_seed(seed)
     total = len(reference.inputs)
     count = min(total, max(FEWEST_ROWS, _affordable_rows(single, vector)))
-    chosen = torch.randperm(total, generator=generator)[:count]
+    chosen = reference.choose(count, generator)
     directions = Importance.of(reference, chosen).directions(graph.output_size, count, generator)
     sketch = sketch_rows(single, vector, reference.inputs[chosen].float(), directions / count**0.5)
     gram = sketch.gram()

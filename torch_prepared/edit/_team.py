@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch_prepared.core.onnx import OnnxNetwork
     from torch_prepared.edit._base import EditProblem
     from torch_prepared.edit._certify import Certified
-    from torch_prepared.edit._distance import Distance
     from torch_prepared.edit._driver import Task
     from torch_prepared.edit._linearize import MarginFunction
     from torch_prepared.edit._result import EditResult
+    from torch_prepared.edit._steps import Distance
     from torch_prepared.edit._vector import ParameterVector
     from torch_prepared.specs import Property
 

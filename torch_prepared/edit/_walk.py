@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torch_prepared.edit._base import EditProblem
-from torch_prepared.edit._distance import Distance, Step
+from torch_prepared.edit._steps import Distance, Step
 from torch_prepared.edit._vector import ParameterVector
 
 __all__ = ["Walk"]

@@ -68,8 +68,9 @@ def edit_network(
         holdout: properties that are only reported on, before and after, to show whether the edit
             generalizes; no editor sees them.
         method: name of an editor; see ``EDITORS``.
-        preserve: inputs (q, ...) on which the network should stay as it is. Without them samples
-            of ``domain``, or of the regions, stand in.
+        preserve: inputs (q, ...) on which the network should stay as it is; fewer than 4,000 are
+            joined by blends of two, so that others like them keep their outputs too. Without any,
+            samples of ``domain``, or of the regions, stand in.
         labels: right classes (q,) of ``preserve``, to report accuracy.
         domain: lower and upper ends of the inputs that matter, scalars or (n,).
         norm: distance to minimize, see :class:`Norm`; None lets the editor choose.

@@ -18,7 +18,7 @@ __all__ = ["AutoEditor"]
 logger = logging.getLogger(__name__)
 
 FALLBACK_SHARE = 0.6  #: of the time, at most, for the first certified edit
-LAST_SHARE = 0.15  #: of the time, kept for the last resort while nothing is certified
+LAST_SHARE = 0.05  #: of the time, kept for the last resort while nothing is certified
 
 
 class AutoEditor(Editor):

@@ -1,18 +1,22 @@
 """All layers at once: certified margins raised, then the distance shrunk, by small steps.
 
-*Growth.* First the regions are taken whole: quick where it works. Then, in what time is left, they
-grow from their centers to full size. On small regions bounds are tight and the edit is nearly that
-of single points; each size starts from the edit of the one before, so that the weights are never
-driven by the looseness of bounds on a network that is far from provable.
+*Growth.* Regions grow from their centers to full size. On small ones bounds are tight and the edit
+is nearly that of single points; each size starts from the edit of the one before, so that the
+weights are never driven by the looseness of bounds on a network that is far from provable. The next
+size is the largest at which margins fall no further below 0 than one step can raise them, and each
+step aims high: at most of the margin that the original network has at the center. An aim near 0 is
+reached soonest by quieting every signal, until no two regions can be told apart; a high one is not.
+When half of the time has gone, what is left is taken in one leap.
 
 *Restoration*, for one size. At theta with margins v and Jacobian J the step is the smallest one
 that linearly reaches a target,
 
     min |s|   subject to   J s >= target - v.
 
-It counts when the lowest *true* margin, for the same relaxation slopes, rises by a fair share of
-what was promised; otherwise the target comes closer, and after a second failure the margins where
-the step led are linearized as well: a kink lies between, and both of its sides count.
+It counts when the margin that misses the target most comes nearer by a fair share of what was
+promised, for the same relaxation slopes; otherwise the target comes closer, and after a second
+failure the margins where the step led are linearized as well: a kink lies between, and both of its
+sides count.
 
 *Shrinking.* From a feasible theta the weights are pulled toward the original ones,
 
@@ -42,9 +46,11 @@ from torch_prepared.core.deadline import Deadline
 from torch_prepared.edit._base import Candidate, Candidates, Editor, EditProblem
 from torch_prepared.edit._bundle import Bundle
 from torch_prepared.edit._checkpoint import Checkpoint, Progress
-from torch_prepared.edit._distance import Distance, choose_distance
+from torch_prepared.edit._distance import choose_distance
 from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._margin import aimed_margin
+from torch_prepared.edit._pace import Pace
+from torch_prepared.edit._steps import Distance
 from torch_prepared.edit._vector import ParameterVector
 from torch_prepared.errors import InfeasibleEditError
 
@@ -52,16 +58,14 @@ __all__ = ["SequentialEditor"]
 
 logger = logging.getLogger(__name__)
 
-FIRST_GROWTH = 0.25
-LEAST_GROWTH = 0.02
-DIRECT_SHARE = 0.4  #: of the time limit, for regions of full size from the start
-QUICK_SHARE = 0.015  #: of the time limit; where gradients take longer, growing is hopeless
-LEAST_SHARE = 0.1  #: of the time limit; growing is not begun with less
-GROWTH_SHARE = 0.5  #: of the time limit; afterwards regions have full size
-SHRINK_SHARE = 0.75  #: of the time limit, when shrinking ends
-RESTORE_STEPS = 15  #: on regions that may grow more slowly
+SIGNAL = 0.6  #: of the original margin of a region's center, kept in hand while regions grow
+HELD = 0.5  #: of a margin that holds, at most, likewise
+DEPTH = 1.0  #: times what is kept in hand, that margins may fall below 0 from size to size
+DEEPER = 1.5  #: times as deep when time presses; half as deep after a step too far
+LEAST_DEPTH = 0.05
+LEAST_GROWTH, GROWTH_GAIN = 0.004, 0.1  #: of the full size; how exactly the next size is found
+RESTORE_STEPS = 6  #: on regions that may grow more slowly
 LAST_RESTORE_STEPS = 200
-SHRINK_STEPS = 3  #: between growths
 LAST_SHRINK_STEPS = 100
 STALE_STEPS, STALE_GAIN = 12, 0.02
 BACKTRACKS = 12
@@ -70,8 +74,6 @@ REPORT_GAIN = 0.95
 FIRST_PULL, LAST_PULL = 8.0, 1e4
 NULL_ROWS = 4  #: of lowest margins, linearized where a step failed
 FIRST_RETREAT, RETREAT = 4.0, 2.0  #: of the caution, after a failed step and after more of them
-PROGRESS = 5  #: steps in which what lacks must halve, or patience counts
-SLOW_SHARE = 0.03  #: of the time limit; gradients that take longer are asked for few rows
 
 
 @dataclass
@@ -102,36 +104,17 @@ class SequentialEditor(Editor):
     dampings: tuple[float, ...] = (0.1, 1.0, 0.01)
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
-        direct: tuple[_Search, _State] | None = None
-        try:
-            direct = self._feasible(problem, deadline, False)
-            yield direct[0].candidate(direct[1], "restored")
-        except InfeasibleEditError as error:
-            logger.info("sequential, regions whole: %s", error)
-            if deadline.seconds is not None and deadline.left < LEAST_SHARE * deadline.seconds:
-                raise
-        try:
-            search, state = self._feasible(problem, deadline, True)
-        except InfeasibleEditError:
-            if direct is None:
-                raise
-            search, state = direct
-        yield from search.finish(state)
-
-    def _feasible(
-        self, problem: EditProblem, deadline: Deadline, grown: bool
-    ) -> tuple[_Search, _State]:
-        """The first feasible point, with the first metric that leads to one."""
-        dampings = self.dampings if grown else self.dampings[:1]
-        for number, damping in enumerate(dampings, start=1):
+        for number, damping in enumerate(self.dampings, start=1):
             search = _Search.start(problem, damping, deadline)
             try:
-                return search, search.grow() if grown else search.leap()
+                state = search.grow()
             except InfeasibleEditError as error:
                 logger.info("sequential with damping %g: %s", damping, error)
-                if deadline.over or number == len(dampings):
+                if deadline.over or number == len(self.dampings):
                     raise
-        raise InfeasibleEditError("sequential: got no dampings; expected at least one")
+            else:
+                yield from search.finish(state)
+                return
 
 
 @dataclass
@@ -141,33 +124,32 @@ class _Search:
     distance: Distance
     origin: Tensor
     aim: float
-    deadline: Deadline
+    pace: Pace
     damping: float
+    goal: Tensor  #: (m,) margins to aim at while restoring
     notes: Checkpoint | None = None
     size: float = 0.0  #: of the regions that are reached
-    gradient_seconds: float = 0.0
-    pass_seconds: float = 0.0
-    patience: float = 1.0
-    reserve: float = 0.0
 
     @classmethod
     def start(cls, problem: EditProblem, damping: float, deadline: Deadline) -> _Search:
         vector = ParameterVector.chosen(problem.exact, problem.options.layers)
         team = problem.options.team
         whole = MarginFunction(problem.exact, problem.batch, vector)
+        aim = aimed_margin(problem)
         return cls(
             problem,
             whole if team is None else team.margins(problem, vector),
             (choose_distance if team is None else team.distance)(problem, vector, damping),
             vector.flatten(problem.exact.parameters).detach().clone(),
-            aimed_margin(problem),
-            deadline,
+            aim,
+            Pace(deadline),
             damping,
+            torch.full(whole.owners.shape, aim, dtype=torch.float64),
         )
 
-    def resume(self, stage: str) -> Progress:
+    def resume(self) -> Progress:
         """Where an earlier run stood, else the original network."""
-        self.notes = Checkpoint.of(self.problem, f"sequential-{stage}-{self.damping:g}")
+        self.notes = Checkpoint.of(self.problem, f"sequential-{self.damping:g}")
         shape = (len(self.margins.batch), sum(node.size for node, _ in self.margins.bent))
         noted = None if self.notes is None else self.notes.load(len(self.origin), shape)
         return Progress(self.origin, None, 0.0) if noted is None else noted
@@ -189,10 +171,9 @@ class _Search:
 
     def finish(self, state: _State) -> Iterator[Candidate]:
         """A feasible point and, as long as it pays, closer ones."""
-        clock = time.monotonic()
-        self.note(state, now=True)
-        yield self.candidate(state, "restored")
-        self.reserve = 1.5 * (time.monotonic() - clock)
+        with self.pace.candidate():
+            self.note(state, now=True)
+            yield self.candidate(state, "restored")
         told = state.distance
         for closer in self.shrink(state, LAST_SHRINK_STEPS):
             state = closer
@@ -203,33 +184,6 @@ class _Search:
         if state.distance < told:
             yield self.candidate(state, "shrunk")
 
-    def leap(self) -> _State:
-        """A feasible point for the full regions at once, given up where growing may do better.
-
-        Raises:
-            InfeasibleEditError: no step helps any more, or it takes too long.
-        """
-        self.patience = DIRECT_SHARE
-        start = self.resume("whole")
-        state = self.restore(start.theta, LAST_RESTORE_STEPS, start.slopes)
-        self.note(state, now=True)
-        self.patience = 1.0
-        return state
-
-    @property
-    def _cramped(self) -> bool:
-        """Whether no pass fits in any more."""
-        return self.deadline.seconds is not None and self.deadline.left < self.pass_seconds
-
-    @property
-    def _impatient(self) -> bool:
-        """Whether time is better spent on growing, which takes many passes."""
-        limit = self.deadline.seconds
-        if limit is None:
-            return False
-        quick = self.pass_seconds < QUICK_SHARE * limit
-        return quick and not self._late and self.deadline.elapsed > self.patience * limit
-
     # Growth
 
     def grow(self) -> _State:
@@ -238,69 +192,76 @@ class _Search:
         Raises:
             InfeasibleEditError: no step helps any more, or time is over.
         """
-        full, start, growth = self.margins, self.resume("grown"), FIRST_GROWTH
-        theta, slopes = start.theta, start.slopes
-        self.size = start.size if slopes is not None else self._safe_size(full)
+        full, start = self.margins, self.resume()
+        signal, self.goal = self._goals(full)
+        depth = first_depth = DEPTH * max(SIGNAL * float(signal.abs().median()), self.aim)
+        theta, slopes, self.size = start.theta, start.slopes, start.size
+        began, clock = self.size, time.monotonic()
         while True:
-            if self._late or growth < LEAST_GROWTH:
-                growth = 1.0
-            target = min(1.0, self.size + growth)
-            whole = target == 1.0
-            self.margins = full if whole else full.scaled(target)
+            late = self.pace.growing <= 0.0 or depth < LEAST_DEPTH * first_depth
+            target = 1.0 if late else self._reach(full, theta, depth)
+            self.margins = full if target == 1.0 else full.scaled(target)
             try:
-                slow = growth < 2 * LEAST_GROWTH or (growth == 1.0)
-                state = self.restore(theta, LAST_RESTORE_STEPS if slow else RESTORE_STEPS, slopes)
+                most = LAST_RESTORE_STEPS if target == 1.0 else RESTORE_STEPS
+                state, steps = self.restore(theta, most, slopes)
             except InfeasibleEditError as error:
-                if slow or self.deadline.over:
+                if target == 1.0 or self.pace.deadline.over:
                     raise
                 logger.info("growth to %g: %s", target, error)
-                growth /= 2
+                depth /= 2
                 continue
-            logger.info("grown to %g: distance %g", target, state.distance)
+            logger.info("grown to %g: distance %g, steps %d", target, state.distance, steps)
             self.size = target
             self.note(state)
-            if whole:
+            if target == 1.0:
                 return state
-            for closer in self.shrink(state, SHRINK_STEPS):
-                state = closer
+            if self.pace.behind((target - began) / (1 - began), time.monotonic() - clock):
+                depth *= DEEPER
             theta, slopes = state.theta, None
 
-    def _safe_size(self, full: MarginFunction) -> float:
-        """How far regions can grow, in steps, before the original network needs an edit."""
-        size = 0.0
-        while size + FIRST_GROWTH < 1.0:
-            margins = full.scaled(size + FIRST_GROWTH)
-            if float(margins.choose(self.origin)[0].min()) < 0.5 * self.aim:
-                break
-            size += FIRST_GROWTH
-        return size
+    def _goals(self, full: MarginFunction) -> tuple[Tensor, Tensor]:
+        """The original margins at the centers (m,), and what to keep in hand of them.
 
-    @property
-    def _late(self) -> bool:
-        """Whether there is no time for growing slowly."""
-        limit = self.deadline.seconds
-        if limit is None:
-            return False
-        slow = self.gradient_seconds > SLOW_SHARE * limit
-        return slow or self.deadline.left < (1 - GROWTH_SHARE) * limit
+        Of a margin that holds on the whole region, no more than half of what it is there. Just
+        the aim where there is no time for growing.
+        """
+        with self.pace.bounds():
+            own = full.choose(self.origin)[0]
+        if self.pace.growing <= 0.0:
+            return own, torch.full_like(own, self.aim)
+        signal = full.scaled(0.0).choose(self.origin)[0]
+        spare = torch.where(own > self.aim, HELD * own, torch.inf)
+        return signal, torch.minimum(SIGNAL * signal, spare).clamp_min(self.aim)
+
+    def _reach(self, full: MarginFunction, theta: Tensor, depth: float) -> float:
+        """The largest size at which no margin falls further than ``depth`` below 0, roughly."""
+
+        def fits(size: float) -> bool:
+            margins = full if size == 1.0 else full.scaled(size)
+            return float(margins.choose(theta)[0].min()) >= -depth
+
+        low, high = min(1.0, self.size + LEAST_GROWTH), 1.0
+        if fits(high):
+            return high
+        while high - low > max(LEAST_GROWTH, GROWTH_GAIN * (low - self.size)):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     # Restoration
 
-    def restore(self, theta: Tensor, steps: int, slopes: Tensor | None = None) -> _State:
-        """Raise the lowest margin until every one reaches half the aim."""
+    def restore(self, theta: Tensor, most: int, slopes: Tensor | None = None) -> tuple[_State, int]:
+        """Raise margins towards the goal until every one reaches half the aim; steps taken."""
         if slopes is None:
             state = self._at(theta, *self.margins.choose(theta)[::-1])
         else:
             held = self.margins.value(theta, slopes)
             state = self._at(theta, *self._better(theta, slopes, held))
         bundle, caution, easy = Bundle(self.distance), 0.1, True
-        history: list[float] = []
-        for step in range(steps):
+        for step in range(most):
             if state.lowest >= 0.5 * self.aim:
-                return state
-            history.append(self.aim - state.lowest)
-            slow = len(history) <= PROGRESS or history[-1] > 0.5 * history[-1 - PROGRESS]
-            if self._cramped or (slow and self._impatient):
+                return state, step
+            if self.pace.cramped:
                 break
             logger.debug("restore %d: lowest margin %g, caution %g", step, state.lowest, caution)
             bundle.add(self._linearize(state), state.theta, replace=easy)
@@ -309,33 +270,38 @@ class _Search:
             easy = caution < before
             self.note(state)
         if state.lowest >= 0.5 * self.aim:
-            return state
+            return state, most
         raise InfeasibleEditError(f"lowest margin still {state.lowest:g} when time was over")
 
     def _restore_once(self, state: _State, bundle: Bundle, caution: float) -> tuple[_State, float]:
         moved = state.theta - self.origin
         for attempt in range(BACKTRACKS):
             value = bundle.lines(state.theta, state.value)
-            if self.deadline.over:
+            goal = self.goal[bundle.index]
+            if self.pace.deadline.over:
                 raise InfeasibleEditError(f"time over with the lowest margin at {state.lowest:g}")
-            wanted = (1.5 * self.aim - value).clamp_min(0) / (1 + caution)
-            lift = torch.where(value < self.aim, wanted, self.aim - value)
+            wanted = (1.5 * goal - value).clamp_min(0) / (1 + caution)
+            lift = torch.where(value < goal, wanted, goal - value)
             rows = bundle.rows
             step = None if rows is None else self.distance.shortest(rows, moved, lift)
             if step is not None:
                 theta = state.theta + step.delta
                 trial = self.margins.value(theta, state.slopes)
-                rise = float(trial.clamp_max(self.aim).min()) - min(state.lowest, self.aim)
-                if rise > FAIR_SHARE * float(wanted[value.argmin()]):
+                rise = self._lack(state.value) - self._lack(trial)
+                if rise > FAIR_SHARE * float(wanted[(goal - value).argmax()]):
                     bundle.used(step.multipliers)
                     better = self._better(theta, state.slopes, trial)
                     return self._at(theta, *better), caution * (0.4 if attempt == 0 else 1.0)
-                if attempt and self.deadline.left > self.pass_seconds:
+                if attempt and not self.pace.cramped:
                     # There is a kink on the way: from now on its other side counts as well.
                     refused = self._at(theta, state.slopes, trial)
                     bundle.add(self._linearize(refused, few=True), theta)
             caution = max((RETREAT if attempt else FIRST_RETREAT) * caution, 0.05)
         raise InfeasibleEditError(f"no step raises the lowest margin above {state.lowest:g}")
+
+    def _lack(self, value: Tensor) -> float:
+        """By how much the goal is missed where it is missed most; NaN margins miss it by NaN."""
+        return float((self.goal - value).clamp_min(0.0).max())
 
     def _better(self, theta: Tensor, slopes: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """For each property the better of ``slopes`` and the operators' own; margins with them."""
@@ -361,7 +327,7 @@ class _Search:
             stale = len(history) > STALE_STEPS and (
                 history[-1] > (1 - STALE_GAIN) * history[-1 - STALE_STEPS]
             )
-            if pull > LAST_PULL or stale or self._ending or bundle.rows is None:
+            if pull > LAST_PULL or stale or self.pace.ending or bundle.rows is None:
                 return
             trial = self._pulled(state, bundle, pull)
             if trial is None:
@@ -376,14 +342,6 @@ class _Search:
             else:
                 pull *= 2
             history.append(state.distance)
-
-    @property
-    def _ending(self) -> bool:
-        """Whether the rest of the time belongs to checking what was found."""
-        limit = self.deadline.seconds
-        if limit is None:
-            return False
-        return self.deadline.left < max(self.reserve, (1 - SHRINK_SHARE) * limit)
 
     def _pulled(self, state: _State, bundle: Bundle, pull: float) -> _State | None:
         """The point next to ``state`` that the linearized margins allow nearest to the origin."""
@@ -405,15 +363,12 @@ class _Search:
     def _linearize(self, state: _State, few: bool = False) -> Linearization:
         """Gradients of the margins that matter: low ones, fewer where a gradient takes long."""
         value = state.value
+        few = few or self.pace.slow
         reach = max(self.aim, -state.lowest) * 3 + float(value.abs().median())
-        limit = self.deadline.seconds
-        slow = limit is not None and self.gradient_seconds > SLOW_SHARE * limit
+        wide = torch.where(self.goal > self.aim, self.goal, reach)
         order = value.argsort()
-        low = order[value[order] < (self.aim if few or slow else reach)]
-        rows = low[:NULL_ROWS] if few or slow else low
+        low = order[(value < (self.aim if few else wide))[order]]
+        rows = low[:NULL_ROWS] if few else low
         rows = rows if len(rows) else order[:1]
-        clock = time.monotonic()
-        line = self.margins.linearize(state.theta, state.slopes, value, rows)
-        self.pass_seconds = time.monotonic() - clock
-        self.gradient_seconds = self.pass_seconds / max(len(rows), 1)
-        return line
+        with self.pace.gradients(len(rows)):
+            return self.margins.linearize(state.theta, state.slopes, value, rows)

@@ -17,6 +17,7 @@ from torch_prepared.solvers._base import (
     solve,
     solver_names,
 )
+from torch_prepared.solvers._batched_gram import Gram
 from torch_prepared.solvers._problem import LinearProgram, Norm, minimize_norm
 from torch_prepared.solvers._residuals import farkas_gap
 from torch_prepared.solvers._result import Solution, Status
@@ -40,6 +41,7 @@ __all__ = [
     "ConicBackend",
     "ConicSolver",
     "DualProjection",
+    "Gram",
     "HighsMethod",
     "HighsSolver",
     "LPLayer",

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch_prepared.core.rows import Floats
 from torch_prepared.errors import SolverError
 from torch_prepared.solvers._batched_central import interior_point
-from torch_prepared.solvers._batched_gram import DenseGram
+from torch_prepared.solvers._batched_gram import DenseGram, Gram
 from torch_prepared.solvers._complementarity import ProximalStep, kkt_residual
 from torch_prepared.solvers._result import Status
 
@@ -85,11 +85,12 @@ def gram_matrix(
     return 0.5 * (gram + gram.mT)
 
 
-def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
+def project(gram: ArrayLike | Tensor | Gram, q: ArrayLike | Tensor) -> DualProjection:
     """Multipliers of the projection of 0 onto ``{d : J d >= q}`` from ``G = J M^{-1} J^T``.
 
     Args:
         gram: (m, m) symmetric positive semidefinite, possibly singular; m up to a few thousand.
+            A :class:`Gram` of one sample is formed only as far as the solution needs it.
         q: (m,) right-hand sides.
 
     Returns:
@@ -103,37 +104,42 @@ def project(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> DualProjection:
         >>> result.multipliers.round(12).tolist(), result.status.name
         ([1.0, 0.0], 'OPTIMAL')
     """
-    matrix, rhs = _checked(gram, q)
-    m = len(rhs)
-    norms = np.sqrt(np.diagonal(matrix))
-    zero = norms == 0.0
-    stuck = zero & (rhs > 0)
+    given, rhs = _checked(gram, q)
+    norms = given.norms()[0].numpy()
+    dead = norms == 0.0
+    stuck = dead & (rhs > 0)
     if bool(stuck.any()):
         inf, which = float("inf"), stuck.astype(np.float64)
-        return DualProjection(np.zeros(m), Status.INFEASIBLE, inf, which, inf)
-    live = np.flatnonzero(~zero)
-    matrix = matrix if len(live) == m else matrix[np.ix_(live, live)]
-    scale = 1.0 / norms[live]
-    target = rhs[live] * scale
+        return DualProjection(np.zeros(len(rhs)), Status.INFEASIBLE, inf, which, inf)
+    scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=~dead)
+    target = np.where(dead, -1.0, rhs * scale)
     size = float(target.max(initial=0.0))
     if size <= 0.0:
-        return DualProjection(np.zeros(m), Status.OPTIMAL, 0.0, None, 0.0)
-    unit = matrix * scale[:, None]
-    unit *= scale
+        return DualProjection(np.zeros(len(rhs)), Status.OPTIMAL, 0.0, None, 0.0)
+    unit = given.scaled(torch.from_numpy(scale)[None], torch.from_numpy(dead)[None])
     solution, status, residual, direction = _solve_unit(unit, target / size)
-    multipliers = np.zeros(m)
-    ray: Floats | None = None
-    multipliers[live] = solution * scale * size
-    if status is Status.INFEASIBLE and direction is not None:
-        ray = np.zeros(m)
-        ray[live] = direction * scale
-    squared = float(multipliers[live] @ (matrix @ multipliers[live]))
+    multipliers = solution * scale * size
+    ray = None if direction is None or status is not Status.INFEASIBLE else direction * scale
+    squared = float(multipliers @ _image(given, multipliers))
     distance = float("inf") if ray is not None else float(np.sqrt(max(squared, 0.0)))
     return DualProjection(multipliers, status, residual, ray, distance)
 
 
-def _checked(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> tuple[Floats, Floats]:
-    matrix, rhs = _to_numpy(gram), _to_numpy(q)
+def _checked(gram: ArrayLike | Tensor | Gram, q: ArrayLike | Tensor) -> tuple[Gram, Floats]:
+    rhs = _to_numpy(q)
+    if isinstance(gram, Gram):
+        norms = gram.norms()
+        if rhs.ndim != 1 or norms.shape != (1, len(rhs)):
+            raise SolverError(
+                f"project: got a Gram matrix of {tuple(norms.shape)} rows, q {rhs.shape}; "
+                "expected (1, m), (m,)"
+            )
+        if not (bool(norms.isfinite().all()) and np.isfinite(rhs).all()):
+            raise SolverError(
+                "project: got NaN or infinite entries; expected finite rows and bounds"
+            )
+        return gram, rhs
+    matrix = _to_numpy(gram)
     if rhs.ndim != 1 or matrix.shape != (len(rhs), len(rhs)):
         raise SolverError(f"project: got gram {matrix.shape}, q {rhs.shape}; expected (m, m), (m,)")
     squares = np.diagonal(matrix)
@@ -148,7 +154,12 @@ def _checked(gram: ArrayLike | Tensor, q: ArrayLike | Tensor) -> tuple[Floats, F
         raise SolverError("project: got an asymmetric Gram matrix; expected J M^-1 J^T")
     skew *= -0.5
     skew += matrix
-    return skew, rhs
+    return DenseGram(torch.from_numpy(skew)[None]), rhs
+
+
+def _image(gram: Gram, x: Floats) -> Floats:
+    """``G x`` (m,)."""
+    return np.asarray(gram.times(torch.from_numpy(x)[None])[0].numpy())
 
 
 def _to_numpy(value: ArrayLike | Tensor) -> Floats:
@@ -157,10 +168,12 @@ def _to_numpy(value: ArrayLike | Tensor) -> Floats:
     return np.asarray(value, dtype=np.float64)
 
 
-def _solve_unit(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats | None]:
+def _solve_unit(gram: Gram, q: Floats) -> tuple[Floats, Status, float, Floats | None]:
     """Solve with unit diagonal and ``max(q) == 1``: multipliers, status, residual, ray."""
     few = _solve_few(gram, q) if len(q) > _FEW else None
-    return _solve_all(gram, q, np.zeros_like(q), q > 0) if few is None else few
+    if few is not None:
+        return few
+    return _solve_all(gram.whole()[0].numpy(), q, np.zeros_like(q), q > 0)
 
 
 def _solve_all(
@@ -185,7 +198,7 @@ def _solve_all(
     return second if second[2] <= first[2] else first
 
 
-def _solve_few(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats | None] | None:
+def _solve_few(gram: Gram, q: Floats) -> tuple[Floats, Status, float, Floats | None] | None:
     """As :func:`_solve_unit`, by the rows that prove to matter; None where these get too many.
 
     A solution usually leans on few of many rows, of which pivoting would start with half. Each
@@ -204,7 +217,8 @@ def _solve_few(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats |
         if 2 * len(index) > len(q):
             return None
         active = (point[index] > 0) | (slack[index] < 0)
-        small = gram[np.ix_(index, index)]
+        where = torch.from_numpy(index)[None]
+        small = gram.block(where, torch.ones_like(where, dtype=torch.bool))[0].numpy()
         part, status, residual, ray = _solve_all(small, q[index], point[index], active)
         if status is Status.UNKNOWN:
             return None
@@ -214,8 +228,8 @@ def _solve_few(gram: Floats, q: Floats) -> tuple[Floats, Status, float, Floats |
             return np.zeros_like(q), status, residual, whole
         point = np.zeros_like(q)
         point[index] = part
-        slack = part @ gram[index] - q
-    residual = kkt_residual(gram, q, point)
+        slack = _image(gram, point) - q
+    residual = float(np.abs(np.minimum(point, slack)).max())
     return (point, Status.OPTIMAL, residual, None) if residual <= _RESIDUAL_TOLERANCE else None
 
 
