@@ -8,6 +8,7 @@ over that of the interpreter with everything imported, before any data exist.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -111,7 +112,7 @@ def network_and_properties(count: int) -> tuple[torch.nn.Module, list[Property]]
 
 def edit_case(count: int) -> Measured | None:
     """One edit for ``count`` properties by all ranks there are; None in ranks that do not lead."""
-    sequential.FIRST_GROWTH, sequential.LAST_SHRINK_STEPS = 1.0, SHRINK_STEPS
+    sequential.DEPTH, sequential.LAST_SHRINK_STEPS = math.inf, SHRINK_STEPS
     model, properties = network_and_properties(count)
     baseline = resident()
     with join_team() as team:

@@ -12,9 +12,10 @@ from benchmarks import _figure
 from benchmarks._common import SCHEMA, write_text
 from benchmarks._vnncomp import BENCHMARKS
 
-__all__ = ["Study", "draw", "load_studies", "markdown_table", "replace_table"]
+__all__ = ["LIMIT", "Study", "draw", "load_studies", "markdown_table", "replace_table"]
 
 START, END = "<!-- table:vnncomp -->", "<!-- /table -->"
+LIMIT = 45.0  #: seconds, of the usual study
 Row = Mapping[str, object]
 
 
@@ -30,7 +31,8 @@ class Study:
     @property
     def label(self) -> str:
         """For tables and legends."""
-        return self.method if self.mode == "single" else f"{self.method}, {self.mode}"
+        name = self.method if self.mode == "single" else f"{self.method}, {self.mode}"
+        return name if self.limit == LIMIT else f"{name}, {self.limit:g} s"
 
 
 def load_studies(folder: Path) -> list[Study]:
@@ -55,7 +57,7 @@ def load_studies(folder: Path) -> list[Study]:
         latest = max(zip([row.get("at", 0) for row in data["rows"]], digests, strict=True))[1]
         rows = [r for r, digest in zip(data["rows"], digests, strict=True) if digest == latest]
         found.append(Study(settings["method"], settings["mode"], settings["limit"], tuple(rows)))
-    return sorted(found, key=lambda s: (s.mode != "single", s.method))
+    return sorted(found, key=lambda s: (s.mode != "single", s.method, s.limit))
 
 
 def markdown_table(studies: Sequence[Study]) -> str:
@@ -147,8 +149,12 @@ def replace_table(readme: Path, table: str) -> None:
 
 
 def draw(studies: Sequence[Study], folder: Path) -> list[Path]:
-    """Cactus plot (certified against seconds) and sorted drawdown of every method."""
+    """Cactus plot (certified against seconds) and sorted drawdown of every method.
+
+    Only of studies with the usual limit.
+    """
     written = []
+    studies = [study for study in studies if study.limit == LIMIT]
     for mode in sorted({study.mode for study in studies}):
         mine = [study for study in studies if study.mode == mode]
         suffix = "" if mode == "single" else f"_{mode}"

@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.fig_vnncomp run --data DATA --method auto [--limit 45] [--threads 2]
 [--benchmarks a,b] [--instances REGEX] [--mode single|joint|keep] [--jobs 1] [--smoke]`` measures,
-and writes ``results/vnncomp_<method>[_<mode>].json`` after every case; running it again continues,
-``--fresh`` starts over. ``... plot`` draws what is in ``results``; ``... table`` rewrites the
-table in ``README.md`` between its markers.
+and writes ``results/vnncomp_<method>[_<mode>][_<limit>s].json`` after every case; running it again
+continues, ``--fresh`` starts over. ``... plot`` draws what is in ``results``; ``... table``
+rewrites the table in ``README.md`` between its markers.
 
 Each case is what a user does: ``torch-prepared edit`` in a process of its own under hard limits of
 time and memory, ``torch-prepared check`` in another, then a judge that reads the files only.
@@ -37,7 +37,13 @@ from benchmarks._vnncomp import (
     keep_the_rest,
     merge_by_network,
 )
-from benchmarks._vnncomp_report import draw, load_studies, markdown_table, replace_table
+from benchmarks._vnncomp_report import (
+    LIMIT,
+    draw,
+    load_studies,
+    markdown_table,
+    replace_table,
+)
 
 __all__ = ["main", "run"]
 
@@ -196,7 +202,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--benchmarks", default=",".join(BENCHMARKS))
     parser.add_argument("--instances", default="", help="regular expression on case names")
     parser.add_argument("--mode", choices=MODES, default="single")
-    parser.add_argument("--limit", type=float, default=45.0, help="seconds for edit and check")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for edit and check")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds until it is killed")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of address space")
     parser.add_argument("--threads", type=int, default=2)
@@ -243,6 +249,8 @@ def main() -> None:
         arguments=tuple(shlex.split(options.arguments)),
     )
     stem = f"vnncomp_{options.method}" + ("" if options.mode == "single" else f"_{options.mode}")
+    if options.limit != LIMIT:
+        stem += f"_{options.limit:g}s"
     output = options.results / f"{stem}{'_smoke' if options.smoke else ''}.json"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
