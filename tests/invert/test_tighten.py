@@ -11,7 +11,8 @@ from torch_prepared.core.deadline import Deadline
 from torch_prepared.invert import Effort, max_collision, nearest_preimage
 from torch_prepared.invert._ball import Ball
 from torch_prepared.invert._network import PiecewiseNetwork
-from torch_prepared.invert._solve import bound_network
+from torch_prepared.invert._programs import start
+from torch_prepared.invert._solve import bound_network, minimize
 from torch_prepared.invert._tighten import tighten_boxes
 from torch_prepared.invert.dynamics import _next
 from torch_prepared.invert.preimage import phases
@@ -100,3 +101,21 @@ def test_pooling_patterns_that_a_region_does_not_hold_exclude_nothing():
     answer, points = _next(graph, target, ball, patterns, Effort(10.0, 1), Deadline())
     assert points[-1][0] == pytest.approx(3.0, abs=1e-5)
     assert answer.bound == pytest.approx(0.1, abs=1e-4)
+
+
+class _RunningOut(Deadline):
+    """Time that runs out between a look at the clock and the call of the solver."""
+
+    over = False
+
+
+def test_time_that_runs_out_before_a_program_starts_is_no_error():
+    net, late = PiecewiseNetwork.of(random_net((2, 10, 10, 2), 0), 2), _RunningOut(0.0)
+    ball = Ball(np.array([0.3, 0.1]), 1.5, np.inf)
+    draft = start(ball, 1)
+    assert minimize(draft.program, draft.reach, late, PROGRAMS).bound <= 1.5
+    before = bound_network(net, ball, "crown")
+    after = tighten_boxes(net, ball, before, PROGRAMS, late, (np.zeros(2), 0.5))
+    for name, box in before.items():
+        assert bool((after[name].lower >= box.lower).all())
+        assert bool((after[name].upper <= box.upper).all())

@@ -193,12 +193,12 @@ def certify_calibration(
             budget = AttackBudget(eps, p, clip)
             attacks = attack_calibration(
                 forward, points, labels.cpu(), budget, edges=grid,
-                time_limit=None if share.seconds is None else _ATTACK_SHARE * share.left,
+                time_limit=share.limit(_ATTACK_SHARE),
             )  # fmt: skip
         interval = certify_confidence(
             graph, x, eps, p=p, clip=clip, method=method, temperature=temperature,
             checked=checked,
-            time_limit=None if share.seconds is None else share.left, progress=progress,
+            time_limit=share.limit(), progress=progress,
         )  # fmt: skip
         reports.append(_radius_report(radius, interval, labels, grid, attacks, None, clock))
     return _report(forward, points, labels, grid, reports)

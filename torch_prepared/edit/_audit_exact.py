@@ -102,8 +102,9 @@ def largest_difference(
         limits = [deadline.share(part / (len(order) - position)) for part in (0.5, 1.0)]
         bounds = []
         for row, limit in zip((j, j + len(order)), limits, strict=True):
-            left = None if limit.seconds is None else max(limit.left, _SHORTEST)
-            bound, d = maximize_row(program, row, time_limit=left, threads=threads)
+            bound, d = maximize_row(
+                program, row, time_limit=limit.limit(least=_SHORTEST), threads=threads
+            )
             bounds.append(bound)
             if d is not None:
                 best.look(center + radius * torch.from_numpy(np.clip(d, -1.0, 1.0)))

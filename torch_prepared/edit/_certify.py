@@ -174,7 +174,7 @@ def certify_network(
     record = graph.record()
     claims = [p.record() for p in properties]
     certificate = Certificate.create(record, claims, proofs, metadata)
-    limit = None if deadline is None or deadline.seconds is None else max(deadline.left, 1.0)
+    limit = None if deadline is None else deadline.limit(least=1.0)
     check = check_certificate(
         certificate, record, claims, time_limit=limit, workers=torch.get_num_threads()
     )

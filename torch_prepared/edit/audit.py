@@ -150,7 +150,7 @@ def audit_networks(
             ball = _ball(data[i], radius, limits)
             bounds.append((i, bound_difference(old, new, ball)))
             if exact:
-                share = None if time_limit is None else deadline.left / (len(chosen) - len(largest))
+                share = deadline.limit(1 / (len(chosen) - len(largest)))
                 largest.append((i, largest_difference(old, new, ball, time_limit=share)))
                 x = largest[-1][1].x
                 far = float((x - data[i]).abs().max())

@@ -174,7 +174,7 @@ class OneShotEditor(Editor):
             solution = solve(
                 program,
                 solver="clarabel" if norm is Norm.L2 else self.solver,
-                time_limit=None if deadline.seconds is None else max(share * deadline.left, 1.0),
+                time_limit=deadline.limit(share, least=1.0),
                 threads=options.threads,
             )
             if solution.status is Status.INFEASIBLE:

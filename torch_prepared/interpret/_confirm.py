@@ -88,7 +88,7 @@ def _check(graph: Graph, prop: Property, proof: ProofTree, deadline: Deadline) -
     record, claims = graph.record(), [prop.record()]
     metadata = {"generator": f"torch_prepared {__version__}", "method": "interpret"}
     certificate = Certificate.create(record, claims, [proof], metadata)
-    limit = None if deadline.seconds is None else max(deadline.left, 1.0)
+    limit = deadline.limit(least=1.0)
     result = check_certificate(certificate, record, claims, time_limit=limit)
     check = result.per_property[0]
     if result.status is not Verdict.CERTIFIED:

@@ -70,9 +70,7 @@ def _branch_and_cut(query: Query, start: Found, ordered: Tensor, deadline: Deadl
             return _with(start, fewest=start.count)
         if deadline.over:
             break
-        solution = HighsSolver(mip_gap=0.0).solve(
-            pool.program(fewest), time_limit=None if deadline.seconds is None else deadline.left
-        )
+        solution = HighsSolver(mip_gap=0.0).solve(pool.program(fewest), time_limit=deadline.limit())
         if solution.status is Status.INFEASIBLE:
             break  # impossible as ``start`` is feasible, but for rounding: claim nothing
         if math.isfinite(solution.dual_bound):

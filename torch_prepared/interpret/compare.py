@@ -127,7 +127,7 @@ def compare_proofs(
     graphs = [read_network(m, example_input, size).graph for m in (before, after)]
 
     def share(parts: float) -> float | None:
-        return None if deadline.seconds is None else max(deadline.left / parts, 1e-3)
+        return deadline.limit(1 / parts)
 
     whole = [explain_with(how, g, prop, time_limit=share(4 - i)) for i, g in enumerate(graphs)]
     fractions = [_proved_fraction(prop, how, e, deadline) for e in whole]

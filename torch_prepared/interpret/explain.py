@@ -197,7 +197,7 @@ def explain_with(
         mode=mode,
         order=choices.order,
         domain=domain,
-        time_limit=None if time_limit is None else max(deadline.left, 1e-3),
+        time_limit=deadline.limit(),
         seed=choices.seed,
     )
     seconds["extraction"] = chosen.seconds

@@ -191,10 +191,9 @@ def minimize(
 
     heard = None if listen is None and effort.stop is None else hear
     solver = HighsSolver(find_ray=False, mip_gap=effort.mip_gap, progress=heard)
-    limit = None if deadline.seconds is None else deadline.left
     began, found = time.monotonic(), None
     with effort.until_stopped():
-        found = solve(problem, solver, time_limit=limit, threads=effort.threads)
+        found = solve(problem, solver, time_limit=deadline.limit(), threads=effort.threads)
     if found is None:
         bound = told[0] - TOLERANCE * max(1.0, abs(told[0]))
         return Answer(bound, None, False, time.monotonic() - began, "interrupted")

@@ -100,7 +100,7 @@ def _least(
     if deadline.over:
         return -np.inf
     problem = LinearProgram(cost, rows, program.unknowns.lower, program.unknowns.upper)
-    limit = min(_LONGEST, deadline.left)
+    limit = min(_LONGEST, max(deadline.left, 1e-3))
     found = solve(problem, HighsSolver(find_ray=False), time_limit=limit, threads=effort.threads)
     if found.status is Status.INFEASIBLE or not np.isfinite(found.dual_bound):
         return -np.inf

@@ -263,9 +263,7 @@ def map_radii(
     for position, center in enumerate(centers):
         if deadline.over:
             break
-        limit = None
-        if deadline.seconds is not None:
-            limit = max(deadline.left / (len(centers) - position), 1e-3)
+        limit = deadline.limit(1 / (len(centers) - position))
         results.append(question(center, replace(effort, time_limit=limit, progress=None)))
         if progress is not None:
             progress(position + 1, len(centers))

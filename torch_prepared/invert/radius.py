@@ -369,7 +369,7 @@ def _bisect(
     for _ in range(_BISECTIONS):
         if found.deadline.over or high - low <= max(separation, 2 * found.effort.mip_gap * high):
             return
-        effort = replace(found.effort, time_limit=_seconds(found))
+        effort = replace(found.effort, time_limit=found.deadline.limit())
         tested = collide_within(
             net, found.ball.resized(radius), effort, within=found.output_tolerance
         )
@@ -384,7 +384,3 @@ def _bisect(
         else:
             high = radius
         radius = (low + high) / 2
-
-
-def _seconds(found: Findings) -> float | None:
-    return None if found.deadline.seconds is None else max(found.deadline.left, 1e-3)

@@ -62,14 +62,14 @@ def solve_hidden(
         threads: CPU threads.
     """
     prefix = layer.prefix(wanted.claims.inputs)
-    own = None if deadline.seconds is None else OWN_SHARE * deadline.left
+    own = deadline.limit(OWN_SHARE)
     if propose is not None:
         own = OWN_SECONDS if own is None else min(own, OWN_SECONDS)
     first = _fixed(layer, layer, prefix, wanted, norm, budget, own, threads)
     if first.d is None and propose is not None and not deadline.over:
         logger.info("own pattern: %s; asking for another", first.message)
         near = propose()
-        limit = None if deadline.seconds is None else OTHER_SHARE * deadline.left
+        limit = deadline.limit(OTHER_SHARE)
         first = _fixed(layer, near, prefix, wanted, norm, budget, limit, threads)
     reach = budget if first.d is None else float(np.abs(first.d).max(initial=0.0))
     if norm is PointNorm.L1 and first.d is not None:
@@ -120,7 +120,7 @@ def solve_with_z3(
     answer = solve_smt(
         program,
         norm=_SMT_NORMS[norm],
-        time_limit=None if deadline.seconds is None else deadline.left,
+        time_limit=deadline.limit(),
     )
     if answer.values is None or answer.size is None:
         return Found(answer.status, None, answer.conflict, message=f"z3: {answer.status.value}")
@@ -166,7 +166,7 @@ def _fixed(
 
 def _seconds(deadline: Deadline, *, found: bool) -> float | None:
     """Time for branch and bound."""
-    left = None if deadline.seconds is None else max(deadline.left, 0.1)
+    left = deadline.limit(least=0.1)
     if not found:
         return left
     return IMPROVE_SECONDS if left is None else min(left, IMPROVE_SECONDS)

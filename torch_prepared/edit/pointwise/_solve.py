@@ -114,7 +114,7 @@ def _lazily(layer: FreeLayer, wanted: Wanted, options: PointOptions, deadline: D
             options.norm,
             soft=wanted.soft[active],
             weight=weight,
-            time_limit=None if deadline.seconds is None else max(deadline.left, 0.1),
+            time_limit=deadline.limit(least=0.1),
             threads=options.threads,
         )
         conflict = answer.conflict
