@@ -13,6 +13,7 @@ __all__ = [
     "crown_bytes",
     "crown_flops",
     "forward_flops",
+    "graph_flops",
     "node_flops",
     "regions_at_once",
 ]
@@ -36,6 +37,11 @@ def node_flops(graph: Graph, node: Node) -> float:
         weight = node.params["weight"].read(graph.parameters)
         return 2.0 * node.size * float(np.prod(weight.shape[1:]))
     return float(node.size)
+
+
+def graph_flops(graph: Graph) -> float:
+    """Floating-point operations of one evaluation of the network, at least 1."""
+    return max(1.0, sum(node_flops(graph, node) for node in graph.nodes[1:]))
 
 
 def crown_flops(graph: Graph) -> float:
@@ -68,7 +74,7 @@ def crown_bytes(graph: Graph, item: int) -> float:
 
 def forward_flops(graph: Graph) -> float:
     """Operations of one forward pass of affine forms."""
-    return (graph.input_size + 2.0) * sum(node_flops(graph, node) for node in graph.nodes[1:])
+    return (graph.input_size + 2.0) * graph_flops(graph)
 
 
 def affordable_method(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_prepared.bounds.cost import node_flops
+from torch_prepared.bounds.cost import graph_flops
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit.attack import find_counterexamples
 from torch_prepared.relax import evaluate_graph
@@ -72,7 +72,7 @@ def map_plane(before: Graph, after: Graph, prop: Property, *, progress: bool) ->
     first, second = _span(spots, int(wide.sum()))
     worst = [(float(s @ first), float(s @ second)) for s in spots]
     outline = _outline(first, second)
-    flops = sum(node_flops(before, node) for node in before.nodes)
+    flops = graph_flops(before)
     side = int(min(MOST_SIDE, max(LEAST_SIDE, (MOST_FLOPS / (2 * flops)) ** 0.5)))
     reach = BEYOND * outline.abs().amax(dim=0)
     a, b = (torch.linspace(-float(r), float(r), side, dtype=torch.float64) for r in reach)

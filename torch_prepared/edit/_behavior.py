@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torch_prepared.bounds.cost import node_flops
+from torch_prepared.bounds.cost import graph_flops
 from torch_prepared.core.graph import Graph
 from torch_prepared.errors import SpecError
 from torch_prepared.relax import evaluate_graph
@@ -68,7 +68,7 @@ class Reference:
     Args:
         inputs: those that were given or sampled, then blends of them if there are any.
         outputs: of the original network.
-        labels: the right classes (q,) where they are known.
+        labels: the right classes (q,) where they are known; of blends the original's decisions.
         source: see :class:`Drawdown`.
         blends: how many of the last inputs are blends.
     """
@@ -141,8 +141,7 @@ class Reference:
         Source: mixup, Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018).
         """
         given = len(self.inputs)
-        each = sum(node_flops(graph, node) for node in graph.nodes[1:])
-        most = min(ENOUGH, int(BLEND_FLOPS / max(each, 1.0)))
+        most = min(ENOUGH, int(BLEND_FLOPS / graph_flops(graph)))
         count = min(BLENDS * given, most - given)
         if self.source != "preserve" or given < 2 or count <= 0:
             return self

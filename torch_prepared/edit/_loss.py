@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_prepared.bounds.cost import node_flops
+from torch_prepared.bounds.cost import graph_flops
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._behavior import Reference, evaluate_on
 from torch_prepared.edit._importance import Importance
@@ -43,9 +43,9 @@ class BehaviorLoss:
         cls, graph: Graph, vector: ParameterVector, reference: Reference, seed: int
     ) -> BehaviorLoss | None:
         """On as many reference inputs as are quickly evaluated; None where those are too few."""
-        each = sum(node_flops(graph, node) for node in graph.nodes[1:])
-        quick = max(ENOUGH, min(MOST_INPUTS, int(QUICK_FLOPS / max(each, 1.0))))
-        count = min(len(reference.inputs), quick, int(PASS_FLOPS / max(each, 1.0)))
+        each = graph_flops(graph)
+        quick = max(ENOUGH, min(MOST_INPUTS, int(QUICK_FLOPS / each)))
+        count = min(len(reference.inputs), quick, int(PASS_FLOPS / each))
         if count < min(len(reference.inputs), FEWEST_INPUTS):
             return None
         generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ class BehaviorLoss:
     @property
     def flops(self) -> float:
         """Operations of one evaluation, about."""
-        return len(self.inputs) * sum(node_flops(self.graph, n) for n in self.graph.nodes[1:])
+        return len(self.inputs) * graph_flops(self.graph)
 
     def value(self, theta: Tensor) -> float:
         """The loss at weights (p,); 0 at the original ones."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.bounds import PropertyBatch
-from torch_prepared.bounds.cost import node_flops
+from torch_prepared.bounds.cost import graph_flops
 from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork, OnnxSession
@@ -158,7 +158,7 @@ class _Search:
     def run(self, starts: Sequence[Tensor], restarts: int, steps: int, samples: int) -> None:
         """All stages, until time is over."""
         low = self.lower.shape[1] <= LOW_DIMENSION
-        affordable = int(_SCREEN_FLOPS / sum(node_flops(self.graph, n) for n in self.graph.nodes))
+        affordable = int(_SCREEN_FLOPS / graph_flops(self.graph))
         drawn = max(restarts, min(samples, affordable)) if low else restarts
         pool = self._screen(starts, restarts, drawn)
         with torch.enable_grad():

@@ -203,14 +203,14 @@ class _Search:
             self.margins = full if target == 1.0 else full.scaled(target)
             try:
                 most = LAST_RESTORE_STEPS if target == 1.0 else RESTORE_STEPS
-                state, steps = self.restore(theta, most, slopes)
+                state = self.restore(theta, most, slopes)
             except InfeasibleEditError as error:
                 if target == 1.0 or self.pace.deadline.over:
                     raise
                 logger.info("growth to %g: %s", target, error)
                 depth /= 2
                 continue
-            logger.info("grown to %g: distance %g, steps %d", target, state.distance, steps)
+            logger.info("grown to %g: distance %g", target, state.distance)
             self.size = target
             self.note(state)
             if target == 1.0:
@@ -250,8 +250,8 @@ class _Search:
 
     # Restoration
 
-    def restore(self, theta: Tensor, most: int, slopes: Tensor | None = None) -> tuple[_State, int]:
-        """Raise margins towards the goal until every one reaches half the aim; steps taken."""
+    def restore(self, theta: Tensor, most: int, slopes: Tensor | None = None) -> _State:
+        """Raise margins towards the goal until every one reaches half the aim."""
         if slopes is None:
             state = self._at(theta, *self.margins.choose(theta)[::-1])
         else:
@@ -260,7 +260,7 @@ class _Search:
         bundle, caution, easy = Bundle(self.distance), 0.1, True
         for step in range(most):
             if state.lowest >= 0.5 * self.aim:
-                return state, step
+                return state
             if self.pace.cramped:
                 break
             logger.debug("restore %d: lowest margin %g, caution %g", step, state.lowest, caution)
@@ -270,7 +270,7 @@ class _Search:
             easy = caution < before
             self.note(state)
         if state.lowest >= 0.5 * self.aim:
-            return state, most
+            return state
         raise InfeasibleEditError(f"lowest margin still {state.lowest:g} when time was over")
 
     def _restore_once(self, state: _State, bundle: Bundle, caution: float) -> tuple[_State, float]:
