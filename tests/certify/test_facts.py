@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from torch_prepared.certify.facts import (
     ActivationFacts,
+    LineOffsets,
     activation_facts,
     default_slopes,
-    line_offset,
 )
 from torch_prepared.certify.operators import Activation, Enclosure
 from torch_prepared.errors import UnsupportedOperationError
@@ -63,8 +63,8 @@ def test_line_is_on_its_side(
             slopes = default_slopes(facts, low, high)
         else:
             slopes = (np.full((1, 1), slope),) * 2
-        below = line_offset(facts, low, high, slopes[0], above=False)
-        above = line_offset(facts, low, high, slopes[1], above=True)
+        below = LineOffsets(facts, low, high).offset(slopes[0], above=False)
+        above = LineOffsets(facts, low, high).offset(slopes[1], above=True)
     rng = np.random.default_rng(seed)
     inner = np.concatenate(
         [
@@ -88,8 +88,8 @@ def test_default_lines_touch_the_function(op: str) -> None:
     low, high = center - 1e-3, center + 1e-3
     with np.errstate(all="ignore"):
         slopes = default_slopes(facts, low, high)
-        below = slopes[0] * center + line_offset(facts, low, high, slopes[0], above=False)
-        above = slopes[1] * center + line_offset(facts, low, high, slopes[1], above=True)
+        below = slopes[0] * center + LineOffsets(facts, low, high).offset(slopes[0], above=False)
+        above = slopes[1] * center + LineOffsets(facts, low, high).offset(slopes[1], above=True)
     away = np.abs(center) > 1e-2  # kinks are at 0
     assert np.all((above - below)[away] < 2e-6)
     assert np.all(above - below < 3e-3)
@@ -102,7 +102,7 @@ def test_slope_zero_gives_the_range() -> None:
     for op, bottom in bottoms.items():
         facts = known(op)
         low, high = np.array([[-5.0]]), np.array([[4.0]])
-        found = line_offset(facts, low, high, np.zeros((1, 1)), above=False).item()
+        found = LineOffsets(facts, low, high).offset(np.zeros((1, 1)), above=False).item()
         assert found <= bottom
         assert found == pytest.approx(bottom, abs=1e-9)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -17,7 +19,9 @@ def reference(outputs: torch.Tensor, labels: torch.Tensor | None) -> Reference:
 
 @pytest.mark.parametrize("labeled", [True, False])
 @pytest.mark.parametrize("outputs", [1, 2, 5])
-def test_directions_have_the_cost_as_second_moment(outputs: int, labeled: bool) -> None:
+def test_directions_have_the_cost_of_small_changes_as_second_moment(
+    outputs: int, labeled: bool
+) -> None:
     y = torch.randn(20, outputs, generator=torch.Generator().manual_seed(0))
     labels = y.argmax(dim=1) if labeled else None
     known = reference(y, labels)
@@ -26,7 +30,7 @@ def test_directions_have_the_cost_as_second_moment(outputs: int, labeled: bool) 
     generator = torch.Generator().manual_seed(1)
     directions = importance.directions(outputs, COUNT, generator)
     for _ in range(4):
-        change = torch.randn(outputs, generator=generator)
+        change = 1e-3 * torch.randn(outputs, generator=generator)
         cost = importance.cost(change.expand(COUNT, -1))[0]
         assert float((directions @ change).square().mean()) == pytest.approx(float(cost), rel=0.05)
 
@@ -37,7 +41,7 @@ def test_labels_make_thin_leads_weigh_most() -> None:
     floor = LEAST_LEAD * 0.5
     change = torch.tensor([[0.1, -0.2, 0.4]])
     wanted = (0.3 / (2.0 + floor)) ** 2 + (0.3 / (0.5 + floor)) ** 2
-    assert float(importance.cost(change)) == pytest.approx(wanted, rel=1e-5)
+    assert float(importance.cost(change)) == pytest.approx(math.log1p(wanted), rel=1e-5)
     assert float(importance.cost(torch.ones(1, 3))) == 0.0  # a common shift decides nothing
 
 
@@ -45,7 +49,7 @@ def test_without_labels_thin_gaps_at_either_end_weigh_most() -> None:
     y = torch.tensor([[3.0, 2.9, 1.0, 0.0], [3.0, -6.1, 1.0, 9.0]])
     importance = Importance.of(reference(y, None), torch.tensor([0]))
     top, middle, bottom = torch.tensor([[1.0, -1.0, 0, 0], [0, 1.0, -1.0, 0], [0, 0, 1.0, -1.0]])
-    cost = {name: float(importance.cost(d[None])) for name, d in
+    cost = {name: float(importance.cost(0.05 * d[None])) for name, d in
             {"top": top, "middle": middle, "bottom": bottom}.items()}  # fmt: skip
     assert cost["top"] > 2 * cost["middle"]
     assert cost["bottom"] > 0
@@ -56,3 +60,13 @@ def test_a_single_output_is_measured_in_its_spread() -> None:
     importance = Importance.of(reference(y, None), torch.arange(3))
     assert importance.cost(torch.full((3, 1), 2.0)).tolist() == pytest.approx([1.0] * 3)
     assert LEAST_GAP > 0
+
+
+def test_a_decision_cannot_be_lost_twice() -> None:
+    """What squares would call 10,000 times as bad costs little more where leads are gone anyway."""
+    y = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    importance = Importance.of(reference(y, y.argmax(dim=1)), torch.arange(50))
+    change = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    cost, more = (importance.cost(scale * change) for scale in (1.0, 100.0))
+    assert bool((more > cost).all())
+    assert float((more / cost).median()) < 20.0

@@ -7,7 +7,7 @@ import torch
 
 import torch_prepared as tp
 from tests.helpers import mlp
-from torch_prepared.edit import EDITORS
+from torch_prepared.edit import EDITORS, _home
 from torch_prepared.edit.refine import _Refinement
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
@@ -61,26 +61,26 @@ def test_the_way_home_comes_closer_and_loses_no_proof(monkeypatch: pytest.Monkey
         return float(result.report.drawdown.distance)
 
     home = distance()
-    monkeypatch.setattr(_Refinement, "_go_home", lambda self: None)
+    monkeypatch.setattr(_Refinement, "_go_home", lambda self: False)
     assert home < 0.9 * distance()
 
 
 def test_an_interrupt_on_the_way_home_keeps_what_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, prop = setting(1)
-    proved = _Refinement._prove
+    prove, stops = _home._prove, []
 
-    def interrupted(self: _Refinement, rounds: int, raises: int) -> None:
-        proved(self, rounds, raises)
-        if raises == 0:  # on the way home, after a step
-            raise KeyboardInterrupt
+    def interrupted(*arguments: object) -> bool:
+        stops.append(prove(*arguments))
+        raise KeyboardInterrupt  # on the way home, after a step
 
-    monkeypatch.setattr(_Refinement, "_prove", interrupted)
+    monkeypatch.setattr(_home, "_prove", interrupted)
     result = tp.edit_network(
         graph, prop, method="refine", domain=(-1.0, 1.0), time_limit=60, threads=1
     )
     assert result.status is tp.Verdict.CERTIFIED
     assert result.report.method == "refine"
     assert [attempt.certified for attempt in result.report.attempts] == [True]
+    assert stops == [True]
 
 
 def test_trees_that_cannot_be_checked_in_time_are_not_begun(

@@ -1,7 +1,7 @@
 """Activation facts: the one table of what the checker believes about elementwise functions.
 
 A function is described by breakpoints and by its curvature on each piece between them. From that
-alone :func:`line_offset` computes, for *any* slope s, a sound offset of a line above or below the
+alone :class:`LineOffsets` computes, for *any* slope s, a sound offset of a line above or below the
 function on an interval; slopes are therefore never trusted, only offsets matter. The interval
 rule is the same thing with slope 0.
 
@@ -22,7 +22,13 @@ import numpy as np
 from torch_prepared.certify.rounding import UNDERFLOW, UNIT, BoolArray, FloatArray
 from torch_prepared.errors import UnsupportedOperationError
 
-__all__ = ["ActivationFacts", "Curvature", "activation_facts", "default_slopes", "line_offset"]
+__all__ = [
+    "ActivationFacts",
+    "Curvature",
+    "LineOffsets",
+    "activation_facts",
+    "default_slopes",
+]
 
 _EVALUATION = 16.0 * UNIT  # 8 ulp
 _LINEAR_EVALUATION = 4.0 * UNIT  # one product and one subtraction, doubled
@@ -80,10 +86,8 @@ class ActivationFacts:
         return _EVALUATION * (1.0 + np.abs(value) + np.abs(x))
 
 
-def line_offset(
-    facts: ActivationFacts, lower: FloatArray, upper: FloatArray, slope: FloatArray, *, above: bool
-) -> FloatArray:
-    """Offset t such that ``slope * x + t`` is above (or below) the function on [lower, upper].
+class LineOffsets:
+    """Offsets of lines above and below a function on intervals, for any slopes.
 
     With g(x) = sign * (f(x) - slope * x), sign = 1 above and -1 below, the task is an upper bound
     of sup g. On pieces where g is convex or linear the supremum is at an end point. Where g is
@@ -92,40 +96,68 @@ def line_offset(
 
     Args:
         facts: the function.
-        lower: left ends; any shape that broadcasts with ``upper`` and ``slope``.
+        lower: left ends; any shape that broadcasts with ``upper`` and slopes.
         upper: right ends.
-        slope: finite slopes.
-        above: whether the line shall be above the function, else below.
-
-    Returns:
-        Offsets, NaN where an argument is NaN.
-
-    Soundness: exact reals; every rounding is covered by an error term added outward.
     """
-    sign = 1.0 if above else -1.0
 
-    def score(x: FloatArray) -> FloatArray:
-        value, line = facts.value(x), slope * x
-        rounding = facts.error(value, x) + _LINEAR_EVALUATION * (np.abs(value) + np.abs(line))
-        return sign * (value - line) + rounding
+    def __init__(self, facts: ActivationFacts, lower: FloatArray, upper: FloatArray) -> None:
+        self._facts = facts
+        points = [lower, *(np.clip(b, lower, upper) for b in facts.breaks), upper]
+        self._ends = [_Sample.at(facts, x) for x in points]  # of the pieces
 
-    points = [lower, *(np.clip(b, lower, upper) for b in facts.breaks), upper]
-    scores = [score(x) for x in points]
-    best = scores[0]
-    for candidate in scores[1:]:
-        best = np.maximum(best, candidate)
-    for k, curvature in enumerate(facts.curvatures):
-        left, right = points[k], points[k + 1]
-        width = (right - left) * (1.0 + 4.0 * UNIT)
-        if curvature is Curvature.UNKNOWN:
-            steepness = (facts.lipschitz + np.abs(slope)) * (1.0 + 4.0 * UNIT)
-            ends = np.maximum(scores[k], scores[k + 1])
-            best = np.maximum(best, ends + steepness * width)
-        elif curvature is (Curvature.CONCAVE if above else Curvature.CONVEX):
-            p = _stationary_point(facts, slope, left, right, convex=not above)
-            tilt = np.abs(facts.derivative(p) - slope) + _EVALUATION * (1.0 + np.abs(slope))
-            best = np.maximum(best, score(p) + tilt * width * (1.0 + 4.0 * UNIT))
-    return sign * (best + 4.0 * UNIT * np.abs(best) + UNDERFLOW)
+    def offset(self, slope: FloatArray | float, *, above: bool) -> FloatArray:
+        """Offset t such that ``slope * x + t`` is above (or below) the function.
+
+        Args:
+            slope: finite slopes.
+            above: whether the line shall be above the function, else below.
+
+        Returns:
+            Offsets, NaN where an argument is NaN.
+
+        Soundness: exact reals; every rounding is covered by an error term added outward.
+        """
+        facts, sign = self._facts, 1.0 if above else -1.0
+        scores = [end.score(slope, sign) for end in self._ends]
+        best = scores[0]
+        for candidate in scores[1:]:
+            best = np.maximum(best, candidate)
+        for k, curvature in enumerate(facts.curvatures):
+            if curvature is Curvature.LINEAR:
+                continue
+            left, right = self._ends[k].x, self._ends[k + 1].x
+            width = (right - left) * (1.0 + 4.0 * UNIT)
+            if curvature is Curvature.UNKNOWN:
+                steepness = (facts.lipschitz + np.abs(slope)) * (1.0 + 4.0 * UNIT)
+                ends = np.maximum(scores[k], scores[k + 1])
+                best = np.maximum(best, ends + steepness * width)
+            elif curvature is (Curvature.CONCAVE if above else Curvature.CONVEX):
+                p = _stationary_point(facts, np.asarray(slope), left, right, convex=not above)
+                tilt = np.abs(facts.derivative(p) - slope) + _EVALUATION * (1.0 + np.abs(slope))
+                tangent = _Sample.at(facts, p).score(slope, sign)
+                best = np.maximum(best, tangent + tilt * width * (1.0 + 4.0 * UNIT))
+        return sign * (best + 4.0 * UNIT * np.abs(best) + UNDERFLOW)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A function's value at points x, and what rounding may have done to it."""
+
+    x: FloatArray
+    value: FloatArray
+    rounding: FloatArray
+
+    @classmethod
+    def at(cls, facts: ActivationFacts, x: FloatArray) -> _Sample:
+        value = facts.value(x)
+        return cls(x, value, facts.error(value, x) + _LINEAR_EVALUATION * np.abs(value))
+
+    def score(self, slope: FloatArray | float, sign: float) -> FloatArray:
+        """At least ``sign * (value - slope * x)``."""
+        line = slope * self.x
+        gap = self.value - line if sign > 0 else line - self.value
+        score: FloatArray = gap + (self.rounding + _LINEAR_EVALUATION * np.abs(line))
+        return score
 
 
 def _stationary_point(
@@ -160,8 +192,9 @@ def default_slopes(
     steps = np.linspace(0.0, 1.0, 9).reshape(-1, *([1] * lower.ndim))
     slopes = np.concatenate([chord[None], facts.derivative(lower + steps * width)])
     middle = 0.5 * lower + 0.5 * upper
-    above = slopes * middle + line_offset(facts, lower, upper, slopes, above=True)
-    below = slopes * middle + line_offset(facts, lower, upper, slopes, above=False)
+    offsets = LineOffsets(facts, lower, upper)
+    above = slopes * middle + offsets.offset(slopes, above=True)
+    below = slopes * middle + offsets.offset(slopes, above=False)
     return (
         np.take_along_axis(slopes, np.argmax(below, axis=0)[None], axis=0)[0],
         np.take_along_axis(slopes, np.argmin(above, axis=0)[None], axis=0)[0],

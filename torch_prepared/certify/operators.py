@@ -24,8 +24,8 @@ import numpy as np
 from torch_prepared.certify.facts import (
     EXACT_IN_FLOAT,
     ActivationFacts,
+    LineOffsets,
     default_slopes,
-    line_offset,
 )
 from torch_prepared.certify.linear_maps import LinearMap
 from torch_prepared.certify.rounding import (
@@ -254,16 +254,14 @@ class Activation:
     ) -> tuple[FloatArray, FloatArray, Relaxation]:
         """See :class:`Operator`. Slopes are taken as suggested; offsets are computed here."""
         (box,) = inputs
-        low, high = box.lower, box.upper
-        flat = np.zeros_like(low)
-        lower = line_offset(self.facts, low, high, flat, above=False)
-        upper = line_offset(self.facts, low, high, flat, above=True)
+        lines = LineOffsets(self.facts, box.lower, box.upper)
+        lower, upper = lines.offset(0.0, above=False), lines.offset(0.0, above=True)
         size = np.maximum(np.maximum(np.abs(lower), np.abs(upper)), box.reach)
         error = arithmetic.activation_error(self.op, self.facts, size)
         chosen = self._slopes(box, slopes)
         offsets = (
-            line_offset(self.facts, low, high, chosen[0], above=False) - error,
-            line_offset(self.facts, low, high, chosen[1], above=True) + error,
+            lines.offset(chosen[0], above=False) - error,
+            lines.offset(chosen[1], above=True) + error,
         )
         relaxation = _LineRelaxation(box, chosen, offsets, error)
         return lower - error, upper + error, relaxation

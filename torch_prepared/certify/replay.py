@@ -18,7 +18,7 @@ from torch_prepared.errors import CertificateError
 __all__ = ["TreeReplay"]
 
 _BATCH_BUDGET = 2**22  # scalars of one batch of boxes times the widest value
-_LARGEST_BATCH = 1024
+_LARGEST_BATCH = 512
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -71,6 +71,7 @@ class Reference:
         labels: the right classes (q,) where they are known; of blends the original's decisions.
         source: see :class:`Drawdown`.
         blends: how many of the last inputs are blends.
+        decides: whether it is the order of outputs that counts, rather than their values.
     """
 
     inputs: Tensor
@@ -78,6 +79,7 @@ class Reference:
     labels: Tensor | None
     source: str
     blends: int = 0
+    decides: bool = True
 
     @classmethod
     def of(
@@ -114,7 +116,8 @@ class Reference:
             raise SpecError(
                 f"reference labels: got {len(labels)} for {len(inputs)} inputs; expected one each"
             )
-        return cls(inputs, evaluate_on(graph, inputs), labels, source)
+        decides = labels is not None or any(_compares_outputs(prop) for prop in properties)
+        return cls(inputs, evaluate_on(graph, inputs), labels, source, decides=decides)
 
     def that_may_stay(self, properties: Sequence[Property]) -> Reference:
         """Without the inputs of a region whose outputs its property forbids: these have to change.
@@ -129,7 +132,9 @@ class Reference:
             return self
         labels = None if self.labels is None else self.labels[free]
         blends = int(free[len(free) - self.blends :].sum())
-        return Reference(self.inputs[free], self.outputs[free], labels, self.source, blends)
+        return replace(
+            self, inputs=self.inputs[free], outputs=self.outputs[free], labels=labels, blends=blends
+        )
 
     def blended(self, graph: Graph, seed: int) -> Reference:
         """With inputs between pairs of the user's few, where more are quickly evaluated.
@@ -154,12 +159,12 @@ class Reference:
         labels = None
         if self.labels is not None:
             labels = torch.cat([self.labels, outputs.argmax(dim=1).to(self.labels)])
-        return Reference(
-            torch.cat([self.inputs, mixed]),
-            torch.cat([self.outputs, outputs]),
-            labels,
-            self.source,
-            count,
+        return replace(
+            self,
+            inputs=torch.cat([self.inputs, mixed]),
+            outputs=torch.cat([self.outputs, outputs]),
+            labels=labels,
+            blends=count,
         )
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
@@ -196,6 +201,13 @@ class Reference:
             samples=len(after),
             source=self.source,
         )
+
+
+def _compares_outputs(prop: Property) -> bool:
+    """Whether a property speaks of differences of outputs, as those of decisions do."""
+    return any(
+        bool(((rows > 0).any(dim=1) & (rows < 0).any(dim=1)).any()) for rows, _ in prop.safe.clauses
+    )
 
 
 def evaluate_on(

@@ -72,9 +72,9 @@ class Forest:
         little = all(tree.volume(tree.open) < THIN for tree in self.trees)
         return 0 < self.open_count <= FEW_OPEN and little
 
-    def copy(self) -> Forest:
-        """The same trees, independent of these."""
-        return replace(self, trees=[tree.copy() for tree in self.trees])
+    def copy_of(self, trees: Sequence[SplitTree]) -> Forest:
+        """A forest of copies of trees of these properties."""
+        return replace(self, trees=[tree.copy() for tree in trees])
 
     def bound(self) -> bool:
         """Bound all leaves anew, in the stored dtype; whether they are proved."""

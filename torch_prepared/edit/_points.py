@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 MOST_ROWS = 200
 ROUNDS = 200
 STEPS = 30
-APPROACHES = 5
 FAIR_SHARE = 0.2
 STALLS = 5  #: rounds of attack in a row that may fail to raise the lowest margin
 LOW = 0.3  #: margins below this share of the aim are collected
@@ -77,7 +76,7 @@ class PointSet:
             logger.info("points %d: %d new, distance %g", step, found, self._walk.distance())
 
     def satisfy(self, deadline: Deadline) -> None:
-        """Raise the margins of all collected points to the aim, then come closer to the origin.
+        """Raise the margins of all collected points to the aim, then come a little closer.
 
         First by the projection of the origin onto the linearized rows, which forgets earlier
         steps; where linearization goes too far, by steps from where we are, shortened until the
@@ -89,9 +88,8 @@ class PointSet:
                 break
             if not self._rise(lowest):
                 return
-        for _ in range(APPROACHES):
-            if deadline.over or not self._approach():
-                return
+        if not deadline.over:
+            self._approach()
 
     def lowest(self, theta: Tensor) -> float:
         """The smallest margin of all collected points."""
@@ -136,8 +134,8 @@ class PointSet:
                 return True
         return False
 
-    def _approach(self) -> bool:
-        """One step toward the origin along which the margins stay; False when there is none.
+    def _approach(self) -> None:
+        """One step toward the origin along which the margins stay, if there is one.
 
         Where curvature takes margins away, a second step from the end of the first repairs them.
         """
@@ -145,10 +143,10 @@ class PointSet:
         start, distance = walk.theta, walk.distance()
         jacobian, value = self.rows()
         if not len(value):
-            return False
+            return
         step = walk.nearest(jacobian, 1.02 * self.aim - value)
         if step is None:
-            return False
+            return
         for share in (1.0, 0.5, 0.25, 0.1):
             walk.theta = start + share * step
             if self.lowest(walk.theta) < KEPT * self.aim:
@@ -157,6 +155,5 @@ class PointSet:
                 if repair is not None:
                     walk.theta = walk.theta + repair
             if walk.distance() < 0.97 * distance and self.lowest(walk.theta) >= KEPT * self.aim:
-                return True
+                return
         walk.theta = start
-        return False
