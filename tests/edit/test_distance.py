@@ -80,13 +80,14 @@ def test_nearest_keeps_the_rows_and_beats_the_metric_alone() -> None:
 def test_steps_come_closer_where_the_metric_knows_next_to_nothing() -> None:
     """Far steps along directions that a sketch calls free cost much; the true distance knows."""
     problem, vector = setting()
-    distance = behavior(problem, vector)
+    values = dataclasses.replace(problem.reference, decides=False)
+    distance = behavior(dataclasses.replace(problem, reference=values), vector)
     sketch = distance.metric.sketch
     assert sketch is not None
     poor = dataclasses.replace(distance, metric=distance.metric.damped(1e-5), ridge=1e-5)
     generator = torch.Generator().manual_seed(4)
     jacobian = torch.randn(3, vector.count, generator=generator, dtype=torch.float64)
-    delta = 0.1 * torch.randn(vector.count, generator=generator, dtype=torch.float64)
+    delta = 1e-3 * torch.randn(vector.count, generator=generator, dtype=torch.float64)
     lift = 0.5 * jacobian.norm(dim=1)
     rows = poor.extend(None, jacobian)
     plain, short = poor.step(rows, lift), poor.shortest(rows, delta, lift)

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from tests.helpers import mlp
 from torch_prepared.edit._behavior import Reference
 from torch_prepared.edit._importance import LEAST_GAP, LEAST_LEAD, Importance
+from torch_prepared.specs import Box, Property, SafeSet
 
 COUNT = 40_000
 
@@ -70,3 +72,31 @@ def test_a_decision_cannot_be_lost_twice() -> None:
     cost, more = (importance.cost(scale * change) for scale in (1.0, 100.0))
     assert bool((more > cost).all())
     assert float((more / cost).median()) < 20.0
+
+
+def test_where_nothing_is_decided_values_count() -> None:
+    y = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    values = Reference(torch.zeros(50, 1), y, None, "domain", decides=False)
+    change = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    cost = Importance.of(values, torch.arange(50)).cost(change)
+    wanted = change.square().sum(dim=1) / y.std(dim=0).mean() ** 2
+    torch.testing.assert_close(cost, wanted)
+
+
+@pytest.mark.parametrize(
+    ("safe", "decides"),
+    [
+        (SafeSet.argmax(1, 3), True),
+        (SafeSet.interval([-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]), False),
+        (SafeSet.polytope(torch.tensor([[1.0, 1.0, 0.0]]).double(), torch.ones(1).double()), False),
+    ],
+)
+def test_properties_that_compare_outputs_speak_of_decisions(safe: SafeSet, decides: bool) -> None:
+    graph = mlp((2, 4, 3), "relu", 0, torch.float32)
+    box = Box(torch.zeros(2).double(), torch.ones(2).double())
+    prop = Property(box, safe)
+    found = Reference.of(graph, None, None, None, (prop,), 0, samples=10)
+    assert found.decides == decides
+    labels = torch.zeros(4, dtype=torch.int64)
+    assert Reference.of(graph, torch.zeros(4, 2), labels, None, (prop,), 0).decides
+    assert found.that_may_stay((prop,)).decides == decides
