@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import torch_prepared as tp
 from tests.helpers import mlp
-from torch_prepared.edit import EDITORS, _home
-from torch_prepared.edit.refine import _Refinement
+from torch_prepared.core.deadline import Deadline
+from torch_prepared.edit import EDITORS, _forest, _home
+from torch_prepared.edit._base import EditOptions, EditProblem
+from torch_prepared.edit._behavior import Reference
+from torch_prepared.edit._repair import LEAF_AIM, Repair
+from torch_prepared.edit.refine import RefineEditor, _Refinement
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.specs import Box, Property, SafeSet
@@ -97,3 +102,63 @@ def test_trees_that_cannot_be_checked_in_time_are_not_begun(
 
 def test_every_editor_is_listed() -> None:
     assert {"auto", "one_shot", "refine", "sequential"} <= set(EDITORS)
+
+
+def proved_repair(seed: int = 1) -> Repair:
+    """Trees of a small network, proved."""
+    graph, prop = setting(seed)
+    reference = Reference.of(graph, None, None, (-1.0, 1.0), (prop,), 0)
+    problem = EditProblem(graph, (prop,), reference, EditOptions())
+    run = _Refinement.start(problem, RefineEditor(), Deadline(None))
+    run.repair.points.seek(Deadline(None), 1)
+    run._prove()
+    return run.repair
+
+
+def test_a_step_home_is_looked_at_until_nothing_new_loses_more_than_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repair = proved_repair(3)
+    monkeypatch.setattr(_forest, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(_forest, "MOST_ROWS", 1)  # a leaf at each look
+    (old,), theta = repair.forest.trees, repair.walk.theta
+    before, loss = old.margins(old.leaves).copy(), 0.1 * repair.aim
+    goal = np.minimum(before, LEAF_AIM * repair.aim) - 2 * loss  # rows are linear, leaves are not
+    lost = []
+    for looks in (1, 20):
+        monkeypatch.setattr(_home, "LOOKS", looks)
+        step = _home._look(repair, 0.3, loss)
+        assert step is not None
+        assert step.known == (looks > 1)
+        assert repair.walk.distance(theta + step.delta) < 0.97 * repair.walk.distance()
+        lost.append(int((step.trees[0].margins(old.leaves) < goal).sum()))
+    assert lost[1] < lost[0]
+    assert repair.walk.theta is theta
+    assert repair.forest.trees == [old]
+    assert np.array_equal(old.margins(old.leaves), before)
+
+
+def test_a_step_that_is_not_proved_again_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repair = proved_repair()
+    theta, (tree,) = repair.walk.theta, repair.forest.trees
+    monkeypatch.setattr(_home, "_prove", lambda *_: False)
+    step = _home._look(repair, 0.3, repair.aim)
+    assert step is not None
+    assert _home._follow(repair, step, 1.0, 10_000) == 0.0
+    assert repair.walk.theta is theta
+    assert repair.forest.trees == [tree]
+    assert repair.forest.proved
+
+
+def test_small_trees_may_open_all_their_leaves_and_full_ones_few() -> None:
+    repair = proved_repair()
+    step = _home._look(repair, 0.3, repair.aim)
+    assert step is not None
+    leaves = repair.forest.leaf_count
+    opened = sum(len(tree.open) for tree in step.trees) / leaves
+    repair.capacity = 9.0 * leaves
+    assert step.room(repair) == pytest.approx(2.0 / opened)
+    repair.capacity = 1.0 * leaves
+    assert step.room(repair) == pytest.approx(_home.LEAST_OPEN / opened)

@@ -29,7 +29,7 @@ from torch_prepared.edit._linearize import Linearization, MarginFunction
 from torch_prepared.edit._metric import euclidean_metric
 from torch_prepared.edit._pace import Pace
 from torch_prepared.edit._vector import ParameterVector
-from torch_prepared.errors import SpecError
+from torch_prepared.errors import InfeasibleEditError, SpecError
 from torch_prepared.relax import evaluate_graph
 from torch_prepared.solvers import minimize_norm, solve
 from torch_prepared.specs import Box, Property, SafeSet
@@ -341,6 +341,20 @@ def test_the_next_size_is_the_largest_that_one_step_can_follow(depth: float) -> 
     )
     assert 0.0 < size < 1.0
     assert far < -depth <= near
+
+
+def test_a_refused_step_teaches_the_rows_of_where_it_led(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = crowded_search()
+    _, search.goal = search._goals(search.margins)
+    value, slopes = search.margins.choose(search.origin)
+    state, bundle = search._at(search.origin, slopes, value), Bundle(search.distance)
+    bundle.add(search._linearize(state), state.theta)
+    known = len(bundle.index)
+    monkeypatch.setattr(sequential, "FAIR_SHARE", 1e9)  # no step is good enough
+    monkeypatch.setattr(sequential, "BACKTRACKS", 3)
+    with pytest.raises(InfeasibleEditError, match="no step raises"):
+        search._restore_once(state, bundle, 0.1)
+    assert known < len(bundle.index) <= known + 2 * sequential.NULL_ROWS
 
 
 class TestPace:

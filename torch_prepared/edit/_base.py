@@ -32,7 +32,12 @@ __all__ = ["Candidate", "Candidates", "EditOptions", "EditProblem", "Editor", "N
 
 
 class Norm(enum.Enum):
-    """Distance between the edited and the original network."""
+    """Distance between the edited and the original network.
+
+    ``BEHAVIOR`` counts what happens to outputs on the inputs to preserve: decisions that are lost,
+    each once, where there are labels or where some property compares outputs; else how far their
+    values move. The others are norms of the change of the weights.
+    """
 
     L1 = "1"
     L2 = "2"

@@ -71,7 +71,8 @@ def edit_network(
         preserve: inputs (q, ...) on which the network should stay as it is; fewer than 4,000 are
             joined by blends of two, so that others like them keep their outputs too. Without any,
             samples of ``domain``, or of the regions, stand in.
-        labels: right classes (q,) of ``preserve``, to report accuracy.
+        labels: right classes (q,) of ``preserve``: the largest output decides, and accuracy is
+            reported.
         domain: lower and upper ends of the inputs that matter, scalars or (n,).
         norm: distance to minimize, see :class:`Norm`; None lets the editor choose.
         layers: names of the layers that may change; None lets the editor choose.

@@ -8,8 +8,7 @@ smallest step that raises them is taken: the network is edited for provability, 
 safety. The tree outlives every change of weights, and in the end it is the certificate.
 
 Wider margins need fewer leaves. So the aim starts low and is raised when trees outgrow what can be
-checked in time; once all is proved, the network comes home as far as the trees can follow, step by
-step, each held back by the leaves that the step before would have opened.
+checked in time; once all is proved, the network comes home as far as the trees can follow.
 
 A disjunctive safe set chooses its disjunct by leaf and by point.
 
