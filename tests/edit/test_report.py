@@ -11,7 +11,7 @@ from _kept_network import CENTER, flipped, network, steady
 from torch import nn
 
 import torch_prepared as tp
-from torch_prepared.edit import EDITORS, Candidate, Editor, Reference, State
+from torch_prepared.edit import EDITORS, Candidate, Editor, Reference, State, _report_locality
 from torch_prepared.edit._report_locality import distances_to, measure_locality
 from torch_prepared.specs import Box, LpBall, Property, SafeSet
 
@@ -112,6 +112,18 @@ def test_locality_of_no_change_is_zero_and_of_a_constant_shift_is_the_same_every
     for band in (moved.inside, moved.outside, *moved.bands):
         assert band.largest == pytest.approx(0.25, abs=1e-5)
         assert band.relative == pytest.approx(math.sqrt(2 * 0.25**2 / reference.spread), rel=1e-4)
+
+
+def test_locality_of_slow_networks_looks_at_fewer_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tp.capture_module(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+    prop = Property(Box(torch.zeros(2), torch.ones(2)), SafeSet.argmax(0, 2))
+    reference = Reference.of(graph, 5.0 + torch.rand(300, 2), None, None, [prop], 0)
+    monkeypatch.setattr(_report_locality, "MOST_FLOPS", 0.0)
+    found = measure_locality(graph, graph, [prop], reference, None, 0)
+    seen = [band.samples for band in found.bands if band.kind == "reference"]
+    assert sum(seen) == _report_locality.FEWEST
+    assert found.outside is not None
+    assert found.outside.largest == 0  # outputs that were known belong to their inputs
 
 
 def test_distances_to_boxes_and_membership_in_sets() -> None:

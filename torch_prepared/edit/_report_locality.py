@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_prepared.bounds.cost import graph_flops
 from torch_prepared.core.graph import Graph
 from torch_prepared.edit._behavior import Reference, evaluate_on
 from torch_prepared.specs import InputSet, Property
@@ -19,6 +20,8 @@ SHELLS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 SHELL_SAMPLES = 600
 MOST_REGIONS = 100
 BANDS = 3
+MOST_FLOPS, FEWEST = 5e10, 100
+"""Operations that evaluating reference inputs, or samples, may take, and inputs at least."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def measure_locality(
         before: the original network.
         after: the edited one.
         properties: those whose regions were edited; of very many the first hundred.
-        reference: further inputs (q, n).
+        reference: further inputs (q, n); some of them where networks are slow.
         domain: ends (n,) of the inputs that matter; shells are clipped to it, or without it to
             the smallest box around the user's data, if any, and the regions.
         seed: of the samples.
@@ -85,17 +88,21 @@ def measure_locality(
     generator = torch.Generator().manual_seed(seed)
     regions = [prop.region for prop in properties[:MOST_REGIONS]]
     known = reference.inputs.double().cpu()
+    affordable = max(FEWEST, int(MOST_FLOPS / graph_flops(before)))
     if domain is None and reference.source == "preserve":
         low = torch.stack([known.amin(0), *(r.lower for r in regions)]).amin(0)
         high = torch.stack([known.amax(0), *(r.upper for r in regions)]).amax(0)
         domain = low, high
-    each = max(1, SHELL_SAMPLES // (len(regions) * (len(SHELLS) + 1)))
-    drawn = [_around(region, each, domain, generator) for region in regions]
-    inputs = torch.cat([known, *drawn]).to(before.dtype)
+    each = max(1, min(SHELL_SAMPLES, affordable) // (len(regions) * (len(SHELLS) + 1)))
+    drawn = torch.cat([_around(r, each, domain, generator) for r in regions]).to(before.dtype)
+    chosen = reference.choose(min(len(known), affordable), generator)
+    known = known[chosen]
+    inputs = torch.cat([known.to(before.dtype), drawn])
     # 0 for samples of the regions, 1 to 6 for shells, 7 for reference inputs
     level = torch.arange(len(SHELLS) + 1).repeat_interleave(each).repeat(len(regions))
     level = torch.cat([torch.full((len(known),), len(SHELLS) + 1), level])
-    old, new = evaluate_on(before, inputs), evaluate_on(after, inputs)
+    old = torch.cat([reference.outputs[chosen], evaluate_on(before, drawn)])
+    new = evaluate_on(after, inputs)
     change = (new - old).double()
     same = new.argmax(1) == old.argmax(1) if change.shape[1] > 1 else None
     distance, inside = distances_to(regions, inputs)
