@@ -14,7 +14,6 @@ __all__ = [
     "crown_flops",
     "forward_flops",
     "graph_flops",
-    "node_flops",
     "regions_at_once",
 ]
 
@@ -29,7 +28,7 @@ COPIES = 12
 """Numbers held for each scalar of a region: intervals, lines, both reordered, temporaries."""
 
 
-def node_flops(graph: Graph, node: Node) -> float:
+def _node_flops(graph: Graph, node: Node) -> float:
     """Floating-point operations of one evaluation of a node."""
     if node.op == "linear":
         return 2.0 * node.size * graph.node(node.inputs[0]).shape[-1]
@@ -41,7 +40,7 @@ def node_flops(graph: Graph, node: Node) -> float:
 
 def graph_flops(graph: Graph) -> float:
     """Floating-point operations of one evaluation of the network, at least 1."""
-    return max(1.0, sum(node_flops(graph, node) for node in graph.nodes[1:]))
+    return max(1.0, sum(_node_flops(graph, node) for node in graph.nodes[1:]))
 
 
 def crown_flops(graph: Graph) -> float:
@@ -50,7 +49,7 @@ def crown_flops(graph: Graph) -> float:
     composed = affine_values(graph)
     read = {name for n in graph.nodes[1:] if not lookup(n.op).traits.affine for name in n.inputs}
     for node in graph.nodes[1:]:
-        before += node_flops(graph, node)
+        before += _node_flops(graph, node)
         if node.name in read and node.name in composed:
             total += before * min(graph.input_size + 1, 2.0 * node.size)
         elif node.name in read:

@@ -34,14 +34,12 @@ SPLITS = 4.0  #: leaves that an opened one becomes, more than it was, for planni
 LOWER_AIM = 0.5  #: of the aim, on the way home and again wherever it seems to end
 LEAST_AIM = 0.02  #: of the first aim
 POINT_FLOOR = 0.3  #: share of the aim that points must keep
-SPLIT_SPARE = 0.07  #: share of the aim that new leaves must have in hand
 CAUTION, LEAST_CAUTION, MOST_CAUTION = 0.3, 0.1, 20.0  #: a step goes 1 / (1 + it) of the way
 FIRST_LOSS, LEAST_LOSS = 0.75, 0.02  #: in aims, of every leaf's margin
 MORE_LOSS, LESS_LOSS = 2.0, 0.2  #: at most, after a step that was proved, and when none was
 GAIN = 0.97  #: share of the distance that a step must reach
 GROWN = 3.0  #: times the capacity, that trees may grow to before they are cut down
 REACH = 2.0  #: aims that lifted leaves may lack
-COARSEN_SHARE = 0.2  #: of the time left
 
 
 def go_home(repair: Repair, most: int) -> None:
@@ -180,7 +178,7 @@ def _prove(repair: Repair, distance: float, deadline: Deadline, most: int) -> bo
     """Whether bounded trees can be proved again, no farther away than ``distance``."""
     forest, walk, bounded, reach = repair.forest, repair.walk, repair.walk.theta, REACH
     for _ in range(ROUNDS):
-        low = repair.grow(deadline, most, SPLIT_SPARE)
+        low = repair.grow(deadline, most)
         if walk.distance() > distance or deadline.over:
             return False
         if forest.proved:
@@ -196,5 +194,5 @@ def _prove(repair: Repair, distance: float, deadline: Deadline, most: int) -> bo
             reach *= 2.0
     else:
         return False
-    forest.coarsen(deadline.share(COARSEN_SHARE))
+    repair.coarsen(deadline)
     return repair.fits and not repair.out_of_time

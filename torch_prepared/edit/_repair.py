@@ -23,6 +23,8 @@ WORTH = 0.3  #: share of the open leaves that one more lift must close
 LOW_CENTER = 0.2  #: margins of leaf centers below this share of the aim become points
 LEAF_AIM, POINT_AIM = 0.15, 0.7  #: shares of the aim that lifted leaves and points must reach
 FEWEST_NODES = 20_000  #: of one round of growth
+SPLIT_SPARE = 0.07  #: share of the aim that new leaves must have in hand
+COARSEN_SHARE = 0.2  #: of the time left
 START_SECONDS = 1.0  #: that checking takes before the first leaf, for planning
 SPARE_SECONDS = 1.1  #: times what checking is expected to take
 
@@ -69,19 +71,22 @@ class Repair:
         """From here on, aim at another margin."""
         self.aim = self.points.aim = aim
 
-    def grow(self, deadline: Deadline, most: int, spare: float) -> bool:
+    def grow(self, deadline: Deadline, most: int) -> bool:
         """Split open leaves, few where few leaves can be checked.
 
         Args:
             deadline: for all of it.
             most: leaves to bound.
-            spare: share of the aim that new leaves must have in hand.
 
         Returns:
             Whether inputs of low margin were met, which no splitting proves; they are points now.
         """
         budget = int(min(most, max(self.capacity, FEWEST_NODES)))
-        return self.forest.grow(deadline, budget, spare * self.aim, self._collect)
+        return self.forest.grow(deadline, budget, SPLIT_SPARE * self.aim, self._collect)
+
+    def coarsen(self, deadline: Deadline) -> None:
+        """Drop splits that are not needed, in a part of the time left."""
+        self.forest.coarsen(deadline.share(COARSEN_SHARE))
 
     def lift(self, reach: float) -> bool:
         """Steps that raise the certified margins of open leaves, as long as they close many.

@@ -53,8 +53,6 @@ RAISE, RAISES = 2.0, 8  #: of the aim, and times that trees that grow too large 
 CROWDED, VAST = 0.4, 0.01  #: shares of open leaves and volume, beyond which it is raised twice
 RAISE_SHARE = 0.5  #: of the capacity, past which trees are too large
 OPEN_SHARE = 0.3  #: of these leaves, that must be open
-COARSEN_SHARE = 0.2  #: of the time left
-SPLIT_SPARE = 0.07  #: share of the aim that new leaves must have in hand
 LEAF_SECONDS, FLOP_SECONDS = 5.5e-5, 3.4e-11  #: that one thread of the checker takes
 CHECKING = 0.25  #: share of the time that checking may take
 MOST_LEAVES = 200_000  #: a certificate's leaves, however much time there is
@@ -160,7 +158,7 @@ class _Refinement:
         """
         repair, forest, reach = self.repair, self.repair.forest, self.settings.reach
         for _ in range(ROUNDS):
-            low = repair.grow(repair.deadline, self.settings.leaves, SPLIT_SPARE)
+            low = repair.grow(repair.deadline, self.settings.leaves)
             if forest.proved and not forest.bound():
                 continue
             if forest.proved and self._is_small():
@@ -198,7 +196,7 @@ class _Refinement:
         """Whether the proved trees, cut down where they can be, are proved in float64 too."""
         repair = self.repair
         if not self.settled:
-            repair.forest.coarsen(repair.deadline.share(COARSEN_SHARE))
+            repair.coarsen(repair.deadline)
         self.settled = True
         return repair.fits and repair.forest.bound_exactly(repair.deadline)
 
