@@ -294,7 +294,7 @@ struct LeakyRule {
     const double at_l = l == -kInf ? 0.0 : add_up(product_up<T>(p, l), product_up<T>(-s, l));
     const double unbounded = s < 1.0 ? kInf : 0.0;
     const double at_u = u == kInf ? unbounded : add_up(u, product_up<T>(-s, u));
-    const double usual = u > -l ? 1.0 : p;
+    const double usual = u > -kOffTie * l ? 1.0 : p;
     const T lower = static_cast<T>(n.has_alpha ? lesser(greater(n.alpha, p), 1.0) : usual);
     const bool fixed = active | inactive;
     return {fixed ? stable : lower, T(0), fixed ? stable : upper,

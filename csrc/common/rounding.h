@@ -17,6 +17,11 @@ constexpr double kTiny = 2.2250738585072014e-308;  // smallest normal number
 constexpr double kHuge = 1e150;                    // squares of smaller numbers do not overflow
 constexpr double kInf = __builtin_huge_val();
 
+// The lower line of max(x, p x) on [l, u] has slope 1 by default where u > -kOffTie * l: where the
+// area is the smaller one, but for a little. Symmetric weights make many exact ties u = -l, which
+// rounding would decide here one way and in a checker of the bounds another.
+constexpr double kOffTie = 1.0 + 1.0 / 65536;
+
 template <class To, class From>
 PREPARED_HD To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits_as needs equal sizes");

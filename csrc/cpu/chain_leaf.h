@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 
+#include "../common/rounding.h"
 #include "chain_workspace.h"
 
 namespace torch_prepared {
@@ -233,6 +234,7 @@ class Leaf {
   // are zero on the box get no column.
   PREPARED_HD void relax(Side<T>& side, int64_t m, int64_t first) {
     const T *lower = lower_memory_.data(), *upper = upper_memory_.data();
+    const T threshold = static_cast<T>(-kOffTie);
     int64_t count = 0;
     for (int64_t j = 0; j < m; ++j) {
       side.index[count] = static_cast<int32_t>(j);
@@ -245,7 +247,7 @@ class Leaf {
       const V high = at<T, kBytes>(side.before.upper + c);
       const V zero = V{}, one = zero + 1;
       const V chord = low >= 0 ? one : high / (high - low);
-      at<T, kBytes>(side.slope.lower + c) = high > -low || low >= 0 ? one : zero;
+      at<T, kBytes>(side.slope.lower + c) = high > threshold * low || low >= 0 ? one : zero;
       at<T, kBytes>(side.slope.upper + c) = chord;
       at<T, kBytes>(side.offset.lower + c) = zero;
       at<T, kBytes>(side.offset.upper + c) = low >= 0 ? zero : -low * chord;

@@ -45,8 +45,8 @@ PREPARED_512_INLINE EightLines lines_of_eight(__m512d l, __m512d u, __m512d alph
   at_l = _mm512_mask_mov_pd(at_l, endless_l, zero);
   at_u = _mm512_mask_mov_pd(at_u, endless_u, _mm512_maskz_mov_pd(below_one, infinity));
   const __m256 offset = _mm512_cvt_roundpd_ps(_mm512_max_pd(at_l, at_u), kUp);
-  const __m512d mirrored = _mm512_sub_pd(zero, l);
-  const __mmask8 steep = _mm512_cmp_pd_mask(u, mirrored, _CMP_GT_OQ);
+  const __m512d threshold = _mm512_mul_pd(_mm512_set1_pd(-kOffTie), l);
+  const __mmask8 steep = _mm512_cmp_pd_mask(u, threshold, _CMP_GT_OQ);
   const __m512d usual = _mm512_mask_mov_pd(p, steep, one);
   const __m512d free = _mm512_min_pd(_mm512_max_pd(alpha, p), one);
   const __mmask8 active = _mm512_cmp_pd_mask(l, zero, _CMP_GE_OQ);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch_prepared.certify import (
     NetworkRecord,
     ProofTree,
     PropertyRecord,
+    Slopes,
     Verdict,
     check_certificate,
     evaluate_exactly,
     margin_exactly,
 )
+from torch_prepared.certify.network import read_network
+from torch_prepared.certify.operators import Arithmetic
+from torch_prepared.certify.replay import TreeReplay
 from torch_prepared.errors import CertificateError
 
 from .nets import NetBuilder, box, mlp, nonlinear_inputs, row_property
@@ -215,3 +220,67 @@ def test_twenty_thousand_leaves_in_seconds() -> None:
     result = check_certificate(certificate, net, [prop])
     assert result.status is Verdict.CERTIFIED
     assert result.seconds < 30
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), depth=st.integers(1, 4), data=st.data())
+def test_split_leaves_cover_what_the_leaf_covered(
+    seed: int, depth: int, data: st.DataObject
+) -> None:
+    """Boxes, claimed rows and slopes of the children are those of the leaf, in halves."""
+    rng = np.random.default_rng(seed)
+    low, high = -rng.random(3), rng.random(3)
+    leaves = 2**depth
+    tree = uniform_tree(depth, low, high, ("v",), (depth,))
+    number = np.arange(leaves, dtype=np.float32)[:, None]
+    tree = dataclasses.replace(
+        tree,
+        rows=np.arange(leaves, dtype=np.int32)[:, None],
+        slopes={"a": Slopes(lower=number)},
+        tighten_slopes={"a": Slopes(lower=number), "b": Slopes(upper=np.ones((1, 1)))},
+    )
+    chosen = sorted(data.draw(st.sets(st.integers(0, leaves - 1))))
+    dims = [int(rng.integers(3)) for _ in chosen]
+    boxes = [tree.leaf_box(leaf, low, high) for leaf in chosen]
+    values = [float(rng.uniform(a[d], b[d])) for d, (a, b) in zip(dims, boxes, strict=True)]
+    grown = tree.split_leaves(chosen, dims, values)
+    assert grown.leaves == leaves + len(chosen)
+    assert grown.tighten.sum() == grown.leaves
+    assert np.array_equal(grown.slopes["a"].lower, grown.rows)
+    assert np.array_equal(grown.tighten_slopes["a"].lower, grown.rows)
+    assert len(grown.tighten_slopes["b"].upper) == 1
+    position = 0
+    for leaf in range(leaves):
+        a, b = tree.leaf_box(leaf, low, high)
+        parts = [(a, b)]
+        if leaf in chosen:
+            dim, value = dims[chosen.index(leaf)], values[chosen.index(leaf)]
+            left, right = b.copy(), a.copy()
+            left[dim] = right[dim] = value
+            parts = [(a, left), (right, b)]
+        for part in parts:
+            assert np.array_equal(grown.leaf_box(position, low, high), part)
+            assert grown.rows[position, 0] == leaf
+            position += 1
+
+
+def test_the_leaves_that_fail_are_named() -> None:
+    net = mlp((3, 8, 8, 2), 5)
+    region = box(-np.ones(3), np.ones(3))
+    prop = row_property(region, np.array([[1.0, -1.0]]), np.full(1, 1e3))
+    tree = uniform_tree(5, region.lower, region.upper, nonlinear_inputs(net.record()), (5,))
+    number = np.arange(32)
+    replay = TreeReplay(read_network(net.record()), prop, tree, Arithmetic())
+    margins = np.zeros(32)
+    for leaves, bounds in replay.run():
+        margins[leaves] = bounds[:, 0]
+    shift = np.sort(margins)[2:4].mean()
+    hard = PropertyRecord(region, [(rows, offset - shift) for rows, offset in prop.clauses])
+    result = check_certificate(
+        Certificate.create(net.record(), [hard], [tree]), net.record(), [hard]
+    )
+    found = result.per_property[0]
+    assert found.status is Verdict.UNKNOWN
+    assert found.failed == tuple(number[margins < shift])
+    assert len(found.failed) == 3
+    assert found.reason.startswith("leaf ")

@@ -71,11 +71,12 @@ def faults():
     with torch.no_grad():
         torch.conv2d(x, weight.abs(), None, 1, 1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-start = max(faults() for _ in range(3))
-print(max(faults() for _ in range(20)) - start)
+start = max(faults() for _ in range(10))
+print(max(faults() for _ in range(50)) - start)
 """
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     done = subprocess.run(
         [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) < 1000
+    # The heap may grow once more by the 2304 pages of a weight; trimmed, it would again and again.
+    assert int(done.stdout) < 2 * 2304

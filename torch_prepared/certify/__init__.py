@@ -2,6 +2,7 @@
 
 from torch_prepared.certify.certificate import Certificate, weights_digest
 from torch_prepared.certify.checker import (
+    MOST_FAILED,
     CheckResult,
     PropertyCheck,
     Verdict,
@@ -25,6 +26,7 @@ from torch_prepared.certify.radius import (
 from torch_prepared.certify.records import InputRecord, NetworkRecord, PropertyRecord
 
 __all__ = [
+    "MOST_FAILED",
     "Certificate",
     "CheckResult",
     "InputRecord",

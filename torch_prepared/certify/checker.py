@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
+MOST_FAILED = 64  #: leaves of a tree that may fail before its replay ends
 _FEWEST_LEAVES = 2000  # per worker; below, starting a process costs more than it gains
 
 
@@ -47,7 +48,8 @@ class PropertyCheck:
     """Verdict on one property.
 
     ``margin`` is a proved lower bound of the smallest claimed row over the leaves replayed (all
-    of them when certified); NaN when no leaf gave one.
+    of them when certified); NaN when no leaf gave one. ``failed`` are the numbers of leaves that
+    were replayed and not proved; a replay ends once there are more than :data:`MOST_FAILED`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class PropertyCheck:
     margin: float
     leaves: int
     reason: str
+    failed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,9 @@ def _check_tree(
     report: Callable[[int], None],
     deadline: float,
 ) -> PropertyCheck:
-    """Judge the bounds of one tree; stops at the first batch with a leaf that fails."""
+    """Judge the bounds of one tree; stops when too many leaves have failed."""
     proved = np.zeros(proof.leaves, dtype=np.bool_)
+    failed: list[int] = []
     margin, reason, done = math.inf, "", 0
     try:
         with np.errstate(all="ignore"):  # non-finite results are looked for explicitly
@@ -210,12 +214,14 @@ def _check_tree(
                     position = int(np.flatnonzero(~proved[leaves])[0])
                     clause = int(np.flatnonzero(~good[position])[0])
                     bound = float(bounds[position, clause])
-                    reason = f"leaf {int(leaves[position])}, clause {clause}: " + (
+                    reason = reason or f"leaf {int(leaves[position])}, clause {clause}: " + (
                         "bounds are not finite" if math.isnan(bound) else f"lower bound {bound:.6g}"
                     )
-                    break
+                    failed += leaves[~proved[leaves]].tolist()
+                    if len(failed) > MOST_FAILED:
+                        break
                 if time.monotonic() > deadline and done < proof.leaves:
-                    reason = f"time limit reached after {done} of {proof.leaves} leaves"
+                    reason = reason or f"time limit reached after {done} of {proof.leaves} leaves"
                     break
     except (CertificateError, OSError) as error:
         reason = f"replay failed: {error}"
@@ -223,4 +229,4 @@ def _check_tree(
     status = Verdict.CERTIFIED if certified else Verdict.UNKNOWN
     if not certified and not reason:
         reason = "some leaves were not reached"
-    return PropertyCheck(prop.name, status, margin, done, reason)
+    return PropertyCheck(prop.name, status, margin, done, reason, tuple(sorted(failed)))

@@ -33,6 +33,9 @@ __all__ = [
 _EVALUATION = 16.0 * UNIT  # 8 ulp
 _LINEAR_EVALUATION = 4.0 * UNIT  # one product and one subtraction, doubled
 _BISECTIONS = 45
+# Threshold of u / -l for the lower line of ReLU, a little off the tie of areas: symmetric weights
+# make many exact ties, where rounding might choose another slope here than in the bound engine.
+_OFF_TIE = 1.0 + 2.0**-16
 
 
 class Curvature(Enum):
@@ -180,13 +183,14 @@ def default_slopes(
     """The deterministic slopes (lower line, upper line) used where a certificate gives none.
 
     Among the chord and the derivative at equally spaced points, the line that is tightest at the
-    middle of the interval. For ReLU this is: upper ``u / (u - l)``, lower 1 if ``u > -l`` else 0.
+    middle of the interval. For ReLU this is: upper ``u / (u - l)``, lower 1 if
+    ``u > -(1 + 2^-16) l`` else 0.
     """
     width = upper - lower
     chord = (facts.value(upper) - facts.value(lower)) / np.where(width > 0, width, 1.0)
     if facts.piecewise_linear and len(facts.breaks) == 1:
         left, right = facts.derivative(lower), facts.derivative(upper)
-        side = np.where(upper > -lower, right, left)
+        side = np.where(upper > -_OFF_TIE * lower, right, left)
         bends_up = right >= left
         return np.where(bends_up, side, chord), np.where(bends_up, chord, side)
     steps = np.linspace(0.0, 1.0, 9).reshape(-1, *([1] * lower.ndim))

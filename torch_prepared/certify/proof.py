@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from torch_prepared.certify.rounding import BoolArray, IntArray
+from torch_prepared.certify.rounding import BoolArray, FloatArray, IntArray
 from torch_prepared.errors import CertificateError
 
 __all__ = ["ProofTree", "Slopes"]
@@ -121,6 +121,60 @@ class ProofTree:
             elif waiting and position + 1 < len(right):
                 right[waiting.pop()] = position + 1
         return right
+
+    def leaf_box(
+        self, leaf: int, lower: FloatArray, upper: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Ends (n,) of a leaf's box, given those of the root's."""
+        position = int(np.flatnonzero(self.split_dim < 0)[leaf])
+        right, node = self.right_children(), 0
+        low, high = lower.copy(), upper.copy()
+        while node != position:
+            dim, goes_right = self.split_dim[node], position >= right[node]
+            end = low if goes_right else high
+            end[dim] = np.clip(self.split_value[node], low[dim], high[dim])
+            node = int(right[node]) if goes_right else node + 1
+        return low, high
+
+    def split_leaves(
+        self, leaves: Sequence[int], dims: Sequence[int], values: Sequence[float]
+    ) -> ProofTree:
+        """The tree with some leaves split in two, which claim and relax as the leaf did.
+
+        Args:
+            leaves: different leaf numbers.
+            dims: coordinate to split, one per leaf.
+            values: where, one per leaf.
+
+        Raises:
+            CertificateError: a value that is not finite.
+        """
+        at_leaf = self.split_dim < 0
+        places = np.flatnonzero(at_leaf)[list(leaves)]
+        copies = np.ones(len(self.split_dim), dtype=np.int64)
+        copies[places] = 3  # the new inner node and its two children
+        inner = (np.cumsum(copies) - copies)[places]
+        split_dim, split_value = self.split_dim.repeat(copies), self.split_value.repeat(copies)
+        tighten = self.tighten.repeat(copies)
+        split_dim[inner], split_value[inner], tighten[inner] = dims, values, False
+        heirs = np.where(copies > 1, 2, 1)
+
+        def inherited(slopes: Mapping[str, Slopes], of: BoolArray) -> dict[str, Slopes]:
+            def pick(array: np.ndarray | None) -> np.ndarray | None:
+                same = array is None or len(array) != of.sum()
+                return array if same or array is None else array.repeat(heirs[of], axis=0)
+
+            return {name: Slopes(pick(s.lower), pick(s.upper)) for name, s in slopes.items()}
+
+        return ProofTree(
+            split_dim=split_dim,
+            split_value=split_value,
+            rows=self.rows.repeat(heirs[at_leaf], axis=0),
+            tighten=tighten,
+            plan=self.plan,
+            slopes=inherited(self.slopes, at_leaf),
+            tighten_slopes=inherited(self.tighten_slopes, self.tighten),
+        )
 
     @classmethod
     def leaf(

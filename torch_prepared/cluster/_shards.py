@@ -179,7 +179,9 @@ def certify(state: Shards, shared: list[Tensor], mine: list[Tensor]) -> list[Ten
         time_limit=None if seconds < 0 else seconds,
         workers=torch.get_num_threads(),
     )
-    told = [[c.name, c.status.value, c.margin, c.leaves, c.reason] for c in check.per_property]
+    told = [
+        [c.name, c.status.value, c.margin, c.leaves, c.reason, c.failed] for c in check.per_property
+    ]
     return [to_bytes([weights_digest(record.weights), told])]
 
 

@@ -47,6 +47,7 @@ TOLD = "told by rank 0"
 """Note on errors that the leader raised, and reports itself."""
 
 Result = EditResult[nn.Module | OnnxNetwork | Graph]
+_Told = tuple[str, str, float, int, str, list[int]]
 
 
 class RankTeam(Ranks, Team):
@@ -124,8 +125,8 @@ class RankTeam(Ranks, Team):
         clock = time.monotonic()
         record, claims = graph.record(), [p.record() for p in properties]
         whole = Certificate.create(record, claims, proofs, metadata)
-        limited = deadline is not None and deadline.seconds is not None
-        limit = max(deadline.left, 1.0) if limited and deadline is not None else -1.0
+        seconds = None if deadline is None else deadline.limit(least=1.0)
+        limit = -1.0 if seconds is None else seconds
         positions, dealt = self._positions(properties), []
         for part in blocks(len(claims), self.group.size, [p.leaves for p in proofs]):
             text = torch.zeros(0, dtype=torch.uint8)
@@ -194,11 +195,12 @@ def _merged(
     """
     checks = []
     for rank, answer in enumerate(told):
-        known, verdicts = cast("tuple[str, list[tuple[str, str, float, int, str]]]", answer)
+        known, verdicts = cast("tuple[str, list[_Told]]", answer)
         if known != weights:
             raise ClusterError(f"rank {rank}: replayed on other weights than rank 0 holds")
-        for name, status, margin, leaves, reason in verdicts:
-            checks.append(PropertyCheck(name, Verdict(status), margin, leaves, reason))
+        for name, status, margin, leaves, reason, failed in verdicts:
+            verdict = Verdict(status)
+            checks.append(PropertyCheck(name, verdict, margin, leaves, reason, tuple(failed)))
     if [check.name for check in checks] != list(names):
         raise ClusterError(f"replay: got {len(checks)} verdicts; expected {len(names)}")
     return tuple(checks)

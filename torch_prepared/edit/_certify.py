@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,11 @@ from torch_prepared.bounds.branch import LeafEngine, SlopedEngine, SplitTree
 from torch_prepared.bounds.crown import tightened_names
 from torch_prepared.bounds.engine import leaf_engine
 from torch_prepared.certify import (
+    MOST_FAILED,
     Certificate,
     CheckResult,
     ProofTree,
+    PropertyCheck,
     Slopes,
     Verdict,
     check_certificate,
@@ -32,12 +34,14 @@ LOW_DIMENSION = 16
 """Regions with at most so many coordinates of positive width are worth splitting."""
 
 SLACK = 1e-9  #: a leaf's margin must exceed this, for the rounding of engine and checker
+MENDINGS = 4  #: rounds in which leaves that the checker refuses are split
 
 __all__ = [
     "LOW_DIMENSION",
     "SLACK",
     "Certified",
     "certify_network",
+    "check_and_mend",
     "prove",
     "prove_by_splitting",
     "tree_proof",
@@ -45,6 +49,11 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+Certify = Callable[
+    [Graph, Sequence[Property], Sequence[ProofTree], Mapping[str, str], Deadline], "Certified"
+]
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,62 @@ def certify_network(
         certificate, record, claims, time_limit=limit, workers=torch.get_num_threads()
     )
     return Certified(certificate, check)
+
+
+def check_and_mend(
+    certify: Certify,
+    graph: Graph,
+    properties: Sequence[Property],
+    proofs: Sequence[ProofTree],
+    metadata: Mapping[str, str],
+    deadline: Deadline,
+) -> Certified:
+    """Have proofs checked; the few leaves that the checker refuses are split and checked again.
+
+    Engine and checker bound the same leaf, but not by the same intermediate intervals: the
+    checker recomputes only those that decide something. Where plain intervals are tighter than
+    backward passes (lattice networks), leaves that the engine has proved may fail, and smaller
+    ones do not.
+
+    Args:
+        certify: as :func:`certify_network`.
+        graph: the network as stored.
+        properties: what the proofs are about.
+        proofs: one per property.
+        metadata: of the certificate.
+        deadline: no round is begun that would not be over by then.
+    """
+    certified = certify(graph, properties, proofs, metadata, deadline)
+    for _ in range(MENDINGS):
+        if certified.holds or deadline.left < 1.5 * certified.check.seconds:
+            break
+        pairs = list(zip(properties, proofs, certified.check.per_property, strict=True))
+        if not all(_can_mend(prop, check) for prop, _, check in pairs):
+            break
+        proofs = [_split_failed(*pair) for pair in pairs]
+        certified = certify(graph, properties, proofs, metadata, deadline)
+        logger.info("mended proofs: %s", certified.check.status.value)
+    return certified
+
+
+def _can_mend(prop: Property, check: PropertyCheck) -> bool:
+    wide = int((prop.region.upper > prop.region.lower).sum())
+    few = 0 < len(check.failed) <= MOST_FAILED and wide <= LOW_DIMENSION
+    return check.status is Verdict.CERTIFIED or few
+
+
+def _split_failed(prop: Property, proof: ProofTree, check: PropertyCheck) -> ProofTree:
+    """The proof with its failed leaves halved, each where it is widest relative to the region."""
+    if not check.failed:
+        return proof
+    low, high = (end.double().cpu().numpy() for end in (prop.region.lower, prop.region.upper))
+    width = np.where(high > low, high - low, np.inf)
+    dims, values = [], []
+    for leaf in check.failed:
+        a, b = proof.leaf_box(leaf, low, high)
+        dims.append(int(((b - a) / width).argmax()))
+        values.append(float(0.5 * a[dims[-1]] + 0.5 * b[dims[-1]]))
+    return proof.split_leaves(check.failed, dims, values)
 
 
 def within_clauses(prop: Property, best: list[int]) -> list[int]:

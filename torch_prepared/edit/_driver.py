@@ -29,7 +29,7 @@ from torch_prepared.edit._base import (
     following,
 )
 from torch_prepared.edit._behavior import Drawdown, Reference
-from torch_prepared.edit._certify import Certified, certify_network, prove
+from torch_prepared.edit._certify import Certified, certify_network, check_and_mend, prove
 from torch_prepared.edit._conflict import find_conflicts
 from torch_prepared.edit._report_locality import measure_locality
 from torch_prepared.edit._result import Attempt, Delta, EditReport, EditResult
@@ -277,9 +277,8 @@ class Run:
         metadata = {"generator": f"torch_prepared {__version__}", "method": method}
         certify = certify_network if task.options.team is None else task.options.team.certify
         with self._timed("check"):
-            certified = certify(
-                graph, task.every, [proofs[i] for i in sorted(proofs)], metadata, Deadline(grace)
-            )
+            every = [proofs[i] for i in sorted(proofs)]
+            certified = check_and_mend(certify, graph, task.every, every, metadata, Deadline(grace))
         drawdown = task.reference.drawdown(graph) if certified.holds else None
         if drawdown is not None and (
             self.best is None or drawdown.total < self.best.drawdown.total

@@ -20,6 +20,7 @@ from torch_prepared.edit._certify import (
     LOW_DIMENSION,
     Certified,
     certify_network,
+    check_and_mend,
     prove,
     prove_by_splitting,
 )
@@ -151,7 +152,8 @@ def prove_or_refute(
         elif x is not None:
             believed[i] = x
     metadata = {"generator": f"torch_prepared {__version__}", "method": "verify"}
-    return certify_network(graph, properties, proofs, metadata, deadline), believed
+    found = check_and_mend(certify_network, graph, properties, proofs, metadata, deadline)
+    return found, believed
 
 
 def verify_network(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_prepared.errors import SpecError
-from torch_prepared.ops._lines import activation_lines
+from torch_prepared.ops._lines import activation_lines, leans_up
 from torch_prepared.ops._load import BuildInfo, build_info
 from torch_prepared.ops._passes import (
     SLOPE_LEVELS,
@@ -44,6 +44,7 @@ __all__ = [
     "chain_slopes",
     "concretize",
     "interval_linear",
+    "leans_up",
     "relaxed_backward",
     "row_program",
     "row_shares",
@@ -171,7 +172,7 @@ def activation_coefficients(
         alpha: optional, like ``lower``: the lower line's slope for relu and leaky_relu (clamped
             to [param, 1]); the tangent point of both lines for the others (clamped to each
             line's valid range). Stable neurons and chords ignore it. Default for relu: slope 1
-            when ``upper > -lower``, else 0.
+            where ``leans_up(lower, upper)``, else 0.
 
     Returns:
         ``lower_slope, lower_offset, upper_slope, upper_offset``, each like ``lower``.

@@ -13,10 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["activation_lines"]
+__all__ = ["activation_lines", "leans_up"]
+
+OFF_TIE = 1.0 + 2.0**-16
 
 Lines = tuple[Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def leans_up(lower: Tensor, upper: Tensor) -> Tensor:
+    """Where the lower line of ``max(x, p x)`` has, by default, the slope of the right piece.
+
+    The smaller area decides, so the threshold would be ``upper = -lower``. Networks with symmetric
+    weights have many neurons exactly there, where rounding would decide, here one way and in the
+    checker another; the threshold therefore lies a little off the tie, for all of them alike.
+
+    Args:
+        lower: any shape, float32 or float64.
+        upper: broadcastable against ``lower``.
+
+    Returns:
+        Booleans in the common shape.
+    """
+    return upper > -OFF_TIE * lower
 
 
 def activation_lines(

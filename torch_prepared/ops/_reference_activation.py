@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_prepared.ops._lines import leans_up
 from torch_prepared.ops._reference import narrow_up
 from torch_prepared.ops._reference_functions import EPS, TINY, Evaluated, Smooth, smooth_function
 
@@ -226,7 +227,7 @@ def _leaky_lines(
         high.isinf(), torch.where(s < 1, math.inf, 0.0), high - s * high + 2 * EPS * high
     )
     offset = narrow_up(torch.maximum(at_l, at_u), dtype)
-    usual = torch.where(high > -low, one, p)
+    usual = torch.where(leans_up(low, high), one, p)
     lower = usual if alpha is None else alpha.clamp(p, 1.0)
     zero = torch.zeros_like(offset)
     return (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_prepared.errors import UnsupportedOperationError
+from torch_prepared.ops._lines import leans_up
 
 __all__ = [
     "chain_bounds_reference",
@@ -277,7 +278,7 @@ def _relax(lower: Tensor, upper: Tensor) -> _Side:
     return _Side(
         lower.clamp_min(0),
         upper.clamp_min(0),
-        torch.where(active | (unstable & (upper > -lower)), one, zero),
+        torch.where(active | (unstable & leans_up(lower, upper)), one, zero),
         torch.where(active, one, chord),
         torch.where(unstable, -lower * chord, zero),
         (lower, upper),

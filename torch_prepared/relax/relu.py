@@ -21,7 +21,7 @@ class TwoPiece(KernelActivation):
     """``max(x, a x)`` with ``0 <= a <= 1``: convex, one kink at zero.
 
     Upper line: the chord. Lower line: any slope in [a, 1] through the origin; by default the one
-    of smaller area, ``1`` where ``u > -l`` and ``a`` elsewhere.
+    of smaller area, ``1`` where ``ops.leans_up(l, u)`` and ``a`` elsewhere.
 
     Source: Zhang et al., CROWN (NeurIPS 2018), adaptive lower slope.
     """
@@ -50,7 +50,7 @@ class TwoPiece(KernelActivation):
         return pair._replace(lower_slope=torch.where(self.stable(box), pair.lower_slope, free))
 
     def alpha_start(self, node: Node, box: Interval) -> Tensor:
-        return (box.upper > -box.lower).to(box.lower.dtype)
+        return ops.leans_up(box.lower, box.upper).to(box.lower.dtype)
 
     def enclosing_lines(self, node: Node, reference: Interval) -> tuple[Lines, Lines]:
         zero, one = torch.zeros_like(reference.lower), torch.ones_like(reference.lower)
