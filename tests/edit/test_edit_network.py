@@ -295,12 +295,35 @@ def test_the_safety_net_of_auto_is_one_edit() -> None:
     assert len(methods) > 1
 
 
-def test_a_large_network_moves_its_last_layers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_splits_for_the_last_layer_of_a_large_network_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It changes the last layer alone; then all layers may change, whether or not that held."""
+    model = network()
+    wanted = violated(model, CENTER)
+    moved: list[tuple[str, ...]] = []
+    genuine = ParameterVector.chosen
+
+    def noting(graph, layers, *most):  # type: ignore[no-untyped-def]
+        vector = genuine(graph, layers, *most)
+        moved.append(vector.names)
+        return vector
+
+    monkeypatch.setattr(ParameterVector, "chosen", noting)
+    monkeypatch.setattr("torch_prepared.edit.auto.MANY_WEIGHTS", 10)
+    result = tp.edit_network(model, wanted, time_limit=30)
+    assert result.status is tp.Verdict.CERTIFIED
+    every = ParameterVector.of(tp.capture_module(model, torch.zeros(1, 3))).names
+    assert moved[:2] == [every[-2:], every]
+    methods = [attempt.method for attempt in result.report.attempts if attempt.certified]
+    assert methods.count("refine") == 2
+
+
+def test_a_large_network_moves_its_last_layers_only() -> None:
     graph = tp.capture_module(network(), torch.zeros(1, 3))
     every = ParameterVector.of(graph)
     assert ParameterVector.chosen(graph, None) == every
-    monkeypatch.setattr("torch_prepared.edit._vector.MOST_SCALARS", every.count - 1)
-    few = ParameterVector.chosen(graph, None)
+    few = ParameterVector.chosen(graph, None, every.count - 1)
     assert 0 < few.count < every.count
     assert few.names == every.names[-len(few.names) :]
     assert ParameterVector.chosen(graph, tuple(editable_layers(graph))) == every

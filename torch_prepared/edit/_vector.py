@@ -50,20 +50,27 @@ class ParameterVector:
         return cls(order, tuple(graph.parameters[name].shape for name in order))
 
     @classmethod
-    def chosen(cls, graph: Graph, layers: tuple[str, ...] | None) -> ParameterVector:
+    def chosen(
+        cls, graph: Graph, layers: tuple[str, ...] | None, most: int = MOST_SCALARS
+    ) -> ParameterVector:
         """The parameters of ``layers``; without a choice all, or the last ones of a large network.
+
+        Args:
+            graph: whose parameters they are.
+            layers: names, or None.
+            most: scalars beyond which only the last layers are taken, at least one.
 
         Raises:
             SpecError: as :meth:`of`.
         """
         every = cls.of(graph, layers)
-        if layers is not None or every.count <= MOST_SCALARS:
+        if layers is not None or every.count <= most:
             return every
         kept, count = list[str](), 0
         for node in reversed(graph.nodes):
             fresh = {r.name for r in node.params.values() if r.name in graph.editable} - set(kept)
             count += sum(graph.parameters[name].numel() for name in fresh)
-            if count > MOST_SCALARS and kept:
+            if count > most and kept:
                 break
             kept += fresh
         pairs = [pair for pair in zip(every.names, every.shapes, strict=True) if pair[0] in kept]

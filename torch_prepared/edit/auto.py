@@ -19,15 +19,17 @@ logger = logging.getLogger(__name__)
 
 FALLBACK_SHARE = 0.6  #: of the time, at most, for the first certified edit
 LAST_SHARE = 0.05  #: of the time, kept for the last resort while nothing is certified
+MANY_WEIGHTS = 100_000  #: beyond which steps of all layers are slow, so that the last comes first
+FIRST_REFINE_SHARE = 0.4  #: of the time left, for that
 
 
 class AutoEditor(Editor):
     """A one-shot edit of the last layer as a safety net, then the editor that suits the regions.
 
-    Regions with at most 16 coordinates of positive width are split (``refine``), and bounded whole
-    (``sequential``) if that fails; others, where splitting is hopeless, and those of networks too
-    large to bound many parts in time, are bounded whole only. Where nothing holds, one-shot edits
-    of all layers are tried at last.
+    Regions with at most 16 coordinates of positive width are split (``refine``, of networks with
+    many weights the last layer first), and bounded whole (``sequential``) if that fails; others,
+    where splitting is hopeless, and those of networks too large to bound many parts in time, are
+    bounded whole only. Where nothing holds, one-shot edits of all layers are tried at last.
     """
 
     name = "auto"
@@ -58,7 +60,7 @@ class AutoEditor(Editor):
                 reasons.append(f"{editor.name}: {error}")
                 logger.info("auto: %s", reasons[-1])
             held |= improved
-            if improved and not isinstance(editor, OneShotEditor):
+            if improved and not _is_first_try(editor):
                 return
         if not found:
             raise InfeasibleEditError("; ".join(reasons))
@@ -72,4 +74,13 @@ class AutoEditor(Editor):
         net = (OneShotEditor(first_only=True), FALLBACK_SHARE)
         splits = wide <= LOW_DIMENSION and affordable_leaves(problem, deadline) >= FEWEST_LEAVES
         refine = [(RefineEditor(), 0.95)] if splits else []
+        weights = sum(value.numel() for value in problem.graph.parameters.values())
+        if splits and weights > MANY_WEIGHTS and problem.options.layers is None:
+            refine.insert(0, (RefineEditor(last_only=True), FIRST_REFINE_SHARE))
         return [net, *refine, (SequentialEditor(), 1.0), (OneShotEditor(), 1.0)]
+
+
+def _is_first_try(editor: Editor) -> bool:
+    """Whether editors after this one are expected to keep more."""
+    first = isinstance(editor, RefineEditor) and editor.last_only
+    return first or isinstance(editor, OneShotEditor)

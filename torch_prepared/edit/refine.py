@@ -36,7 +36,7 @@ from torch_prepared.edit._home import go_home
 from torch_prepared.edit._leaves import PropertyRows
 from torch_prepared.edit._points import PointSet
 from torch_prepared.edit._repair import Repair
-from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.edit._vector import MOST_SCALARS, ParameterVector
 from torch_prepared.edit._walk import Walk
 from torch_prepared.errors import InfeasibleEditError
 from torch_prepared.relax import evaluate_graph
@@ -79,6 +79,7 @@ class RefineEditor(Editor):
         leaves: leaves bounded per round of growth.
         relative_margin: aim at this share of the margins' median size on the region.
         reach: lift only leaves whose margin lacks at most so many aims; the others are split.
+        last_only: change the last layer only, unless layers were chosen.
     """
 
     name = "refine"
@@ -86,6 +87,7 @@ class RefineEditor(Editor):
     leaves: int = 300_000
     relative_margin: float = 0.05
     reach: float = 2.0
+    last_only: bool = False
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         run = _Refinement.start(problem, self, deadline)
@@ -107,7 +109,8 @@ class _Refinement:
                 f"got a network and a time limit with room for {capacity:.0f} leaves; expected at "
                 f"least {FEWEST_LEAVES}: use method 'sequential', or allow more time"
             )
-        vector = ParameterVector.chosen(problem.exact, problem.options.layers)
+        most = 1 if settings.last_only else MOST_SCALARS
+        vector = ParameterVector.chosen(problem.exact, problem.options.layers, most)
         origin = vector.flatten(problem.exact.parameters).detach().clone()
         generator = torch.Generator().manual_seed(problem.options.seed)
         rows, kept, sizes = [], [problem.to_keep.inputs.double()], []
