@@ -48,6 +48,8 @@ class Drawdown:
         relative: root mean square output change over the outputs' deviation from their mean.
         samples: inputs compared.
         outside: whether inputs of the edited regions were left out.
+        demanded: the least ``relative`` change, in percent, of any network with the properties on
+            samples of the region where that is most.
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Drawdown:
     relative: float
     samples: int
     outside: bool
+    demanded: float
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def compare_networks(
         labels = None if labels is None else labels[outside.numpy()]
     old, new = _outputs(before, points).double(), _outputs(after, points).double()
     spread = float((old - old.mean(dim=0)).norm())
-    relative = float((new - old).norm()) / max(spread, 1e-12 * max(1.0, float(old.norm())))
+    scale = max(spread, 1e-12 * max(1.0, float(old.norm())))
+    relative = float((new - old).norm()) / scale
     several = old.shape[1] > 1
     highest = float((old.argmax(1) == new.argmax(1)).double().mean()) if several else None
     lowest = float((old.argmin(1) == new.argmin(1)).double().mean()) if several else None
@@ -118,7 +122,24 @@ def compare_networks(
         percent = 100 * relative
     else:
         percent = 100 * (1 - (min(lowest, highest) if kind == "ranking" else highest))
-    return Drawdown(kind, percent, was, now, highest, lowest, relative, len(points), enough)
+    deviation = scale / max(len(points), 1) ** 0.5
+    demanded = 100 * max((_demanded(before, prop) for prop in properties), default=0.0) / deviation
+    return Drawdown(
+        kind, percent, was, now, highest, lowest, relative, len(points), enough, demanded
+    )
+
+
+def _demanded(graph: Graph, prop: Property) -> float:
+    """Root mean square of a lower bound on how far outputs on a region are from the safe set."""
+    points = prop.region.sample(RANDOM_POINTS, torch.Generator().manual_seed(0))
+    y = _outputs(graph, points.to(graph.dtype)).double()
+    away = torch.stack(
+        [
+            (-(y @ rows.T + offset) / rows.norm(dim=1)).amin(dim=1).clamp_min(0.0)
+            for rows, offset in prop.safe.clauses
+        ]
+    )
+    return float(away.amax(dim=0).square().mean().sqrt())
 
 
 def attack_network(

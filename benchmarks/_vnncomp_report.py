@@ -16,6 +16,7 @@ __all__ = ["LIMIT", "Study", "draw", "load_studies", "markdown_table", "replace_
 
 START, END = "<!-- table:vnncomp -->", "<!-- /table -->"
 LIMIT = 45.0  #: seconds, of the usual study
+MUCH = 10.0  #: percent of output change that properties demand, worth telling
 Row = Mapping[str, object]
 
 
@@ -95,6 +96,8 @@ def _table_line(benchmark: str, study: Study, rows: Sequence[Row], *, drawdown: 
     if drawdown and kinds == {"ranking"}:
         advice = sorted(_advice(good))
         loss += f"; of advice alone {statistics.median(advice):.3g} ({advice[-1]:.3g}) %"
+    if drawdown and kinds == {"relative"}:
+        loss += _inside(good)
     return (
         f"| {benchmark} | {study.label} | {len(good)} / {len(rows)}{_properties(rows)} | "
         f"{in_time} | "
@@ -131,6 +134,13 @@ def _percents(rows: Sequence[Row]) -> list[float]:
 def _advice(rows: Sequence[Row]) -> list[float]:
     """Percent of inputs whose smallest output changed, which is what ACAS Xu networks advise."""
     return [100.0 * (1.0 - float(row["drawdown"]["agreement_argmin"])) for row in rows]  # type: ignore[index, call-overload]
+
+
+def _inside(rows: Sequence[Row]) -> str:
+    """What the properties demand inside their regions, where that is known and much."""
+    found = [row["drawdown"].get("demanded", 0.0) for row in rows]  # type: ignore[attr-defined]
+    demanded = statistics.median(float(value) for value in found)
+    return f"; its properties demand {demanded:.3g} % inside" if demanded > MUCH else ""
 
 
 def replace_table(readme: Path, table: str) -> None:

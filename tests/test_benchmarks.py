@@ -225,11 +225,12 @@ class TestReport:
 def _network(weight, bias):
     from torch_prepared.core.capture import capture_module
 
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    size = len(weight[0])
+    module = torch.nn.Sequential(torch.nn.Linear(size, len(weight)))
     with torch.no_grad():
         module[0].weight.copy_(torch.tensor(weight))
         module[0].bias.copy_(torch.tensor(bias))
-    return capture_module(module, torch.zeros(1, 2))
+    return capture_module(module, torch.zeros(1, size))
 
 
 class TestJudge:
@@ -261,6 +262,28 @@ class TestJudge:
         inputs, labels = np.array([[2.0, 3.0], [0, 9]], np.float32), np.array([1, 1])
         found = compare_networks(before, after, [prop], inputs, labels, "accuracy")
         assert (found.before, found.after, found.percent) == (100.0, 50.0, 50.0)
+
+    def test_what_a_property_demands_is_the_way_to_its_safe_set(self):
+        """Outputs (x, -x) for x in [0, 1]: the first must be 1, or the second 0, or both."""
+        from torch_prepared.specs import Box, Property, SafeSet
+
+        before = _network([[1.0], [-1.0]], [0.0, 0.0])
+        inputs = np.linspace(2, 3, 9, dtype=np.float32)[:, None]
+        deviation = float(np.sqrt(2) * inputs.std())
+        first = torch.tensor([[1.0, 0.0]]), torch.tensor([-1.0])
+        either = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([-1.0, 0.0])
+        x = Box([0.0], [1.0]).sample(2000, torch.Generator().manual_seed(0)).numpy()
+        for clauses, away in (
+            ([first], 1 - x),
+            ([either], np.minimum(1 - x, x)),
+            ([first, either], 1 - x),
+        ):
+            safe = SafeSet(tuple((rows.double(), offset.double()) for rows, offset in clauses))
+            prop = Property(Box([0.0], [1.0]), safe)
+            found = compare_networks(before, before, [prop], inputs, None, "relative")
+            expected = 100 * np.sqrt(np.square(away).mean()) / deviation
+            assert found.demanded == pytest.approx(expected, rel=1e-5)
+            assert found.relative == 0.0
 
     def test_attack_finds_a_violation_in_a_corner(self, prop):
         class Session:

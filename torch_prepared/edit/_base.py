@@ -28,7 +28,16 @@ from torch_prepared.specs import Property
 
 CROWN_BUDGET = 2e11  #: operations of backward passes worth spending on one network
 
-__all__ = ["Candidate", "Candidates", "EditOptions", "EditProblem", "Editor", "Norm", "following"]
+__all__ = [
+    "Answer",
+    "Candidate",
+    "Candidates",
+    "EditOptions",
+    "EditProblem",
+    "Editor",
+    "Norm",
+    "following",
+]
 
 
 class Norm(enum.Enum):
@@ -180,14 +189,22 @@ class Candidate:
     details: Mapping[str, float] = field(default_factory=dict)
 
 
-Candidates = Generator[Candidate, bool | None, None]
-"""Edits out; whether the last one was certified, in."""
+class Answer(enum.IntEnum):
+    """What became of a candidate; false where it was not certified."""
+
+    REFUSED = 0
+    CERTIFIED = 1
+    BEST = 2  #: certified, and it keeps more than all before
 
 
-def following(stream: Candidates, held: bool | None) -> Candidate | None:
-    """The next candidate, its editor being told whether the last one held; None after the last."""
+Candidates = Generator[Candidate, Answer | None, None]
+"""Edits out; what became of the last one, in."""
+
+
+def following(stream: Candidates, answer: Answer | None) -> Candidate | None:
+    """The next candidate, its editor being told of the last one; None after the last."""
     try:
-        return stream.send(held)
+        return stream.send(answer)
     except StopIteration:
         return None
 
@@ -199,7 +216,7 @@ class Editor(ABC):
 
     @abstractmethod
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
-        """Claimed edits, the first as soon as possible; each is answered by whether it held.
+        """Claimed edits, the first as soon as possible; each is answered by what became of it.
 
         Raises:
             InfeasibleEditError: no edit of this kind exists; the message names the properties that

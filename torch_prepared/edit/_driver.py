@@ -21,6 +21,7 @@ from torch_prepared.core.deadline import Deadline
 from torch_prepared.core.graph import Graph
 from torch_prepared.core.onnx import OnnxNetwork
 from torch_prepared.edit._base import (
+    Answer,
     Candidate,
     Candidates,
     EditOptions,
@@ -216,14 +217,17 @@ class Run:
 
     def _round(self, active: list[int]) -> set[int]:
         """One run of the editor; positions of the kept properties that its edits lose."""
-        task, lost, losses, held = self.task, set[int](), 0, None
+        task, lost, losses = self.task, set[int](), 0
+        answer: Answer | None = None
         loose = len(active) < len(task.every)
         stream = task.editor().candidates(self._problem(active), self._editing(loose))
         bar = tqdm(disable=not task.progress, unit="edit", desc=task.method, leave=False)
         try:
-            while (candidate := self._next(stream, held)) is not None:
+            while (candidate := self._next(stream, answer)) is not None:
                 lost = self._certify(candidate, active, candidate.editor or task.method)
-                held = self.attempts[-1].certified
+                answer = Answer(self.attempts[-1].certified)
+                if self.best is not None and self.best.candidate is candidate:
+                    answer = Answer.BEST
                 losses += bool(lost)
                 bar.update()
                 if self.work.over or losses >= LOSSES:
@@ -245,9 +249,9 @@ class Run:
         usable = max(left - aside, 0.3 * left)
         return Deadline(None if self.work.seconds is None else ROUND_SHARE * usable)
 
-    def _next(self, stream: Candidates, held: bool | None) -> Candidate | None:
+    def _next(self, stream: Candidates, answer: Answer | None) -> Candidate | None:
         with self._timed("edit"):
-            return following(stream, held)
+            return following(stream, answer)
 
     def _certify(self, candidate: Candidate, active: Sequence[int], method: str) -> set[int]:
         """Have a candidate checked; keep it when it is certified and the best so far.

@@ -16,6 +16,7 @@ GROWTH_SHARE = 0.55  #: of the time limit, at most; afterwards regions have full
 LEAP = 30  #: passes that the step to full size may take, kept for it
 SEARCH = 120  #: passes without gradients; where they take longer, sizes are not searched for
 SHRINK_SHARE = 0.75  #: of the time limit, when shrinking ends
+FEWEST_PASSES = 2  #: of bounds, without which nothing can be restored
 SLOW_SHARE = 0.03  #: of the time limit; gradients that take longer are asked for few rows
 SPARE = 1.5  #: times what a first candidate took, kept for the last
 
@@ -70,6 +71,12 @@ class Pace:
     def cramped(self) -> bool:
         """Whether no pass fits in any more."""
         return self.deadline.seconds is not None and self.deadline.left < self.pass_seconds
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether there is no time for the few passes that even a single step takes."""
+        limited = self.deadline.seconds is not None
+        return limited and self.deadline.left < FEWEST_PASSES * self.bound_seconds
 
     @property
     def growing(self) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,12 +49,16 @@ class OneShotEditor(Editor):
 
     Args:
         solver: of the linear programs.
-        first_only: try no layer but the first of these.
+        begin: pass over so many layers of those that would be tried.
+        end: try none from there on; None tries all.
+        extra: share of the time for further layers once an edit is found.
     """
 
     name = "one_shot"
     solver: str = "highs"
-    first_only: bool = field(default=False)
+    begin: int = 0
+    end: int | None = None
+    extra: float = EXTRA_SHARE
 
     def candidates(self, problem: EditProblem, deadline: Deadline) -> Candidates:
         if problem.options.norm is Norm.BEHAVIOR:
@@ -62,7 +66,7 @@ class OneShotEditor(Editor):
                 "norm: got 'behavior' for one_shot, which minimizes a norm of the weights; "
                 "use method 'sequential', 'refine' or 'auto', or norm 1, 2, inf or 1+inf"
             )
-        layers = self._layers(problem)
+        layers = self._layers(problem)[self.begin : self.end]
         boxes = self._boxes(problem)
         picks = _choose_rows(problem)
         failures: list[str] = []
@@ -78,7 +82,7 @@ class OneShotEditor(Editor):
                 failures.append(f"{layer}: {error}")
                 logger.info("one_shot: %s", failures[-1])
             spent = clock.elapsed
-            if deadline.over or self.first_only:
+            if deadline.over:
                 break
         if not found:
             raise InfeasibleEditError("; ".join(failures) or "no edit of one layer is certified")
@@ -87,7 +91,7 @@ class OneShotEditor(Editor):
         """Whether trying one more layer would endanger the edit found: checking takes time too."""
         if deadline.seconds is None:
             return False
-        return deadline.left - 3 * spent < (1 - EXTRA_SHARE) * deadline.seconds
+        return deadline.left - 3 * spent < (1 - self.extra) * deadline.seconds
 
     def _layers(self, problem: EditProblem) -> tuple[str, ...]:
         every = editable_layers(problem.graph)
@@ -158,7 +162,7 @@ class OneShotEditor(Editor):
         weight = problem.exact.node(layer).params["weight"]
         count = weight.read(problem.exact.parameters).numel()
         exact = np.full(count, count <= EXACT_WEIGHTS)
-        share = FIRST_SHARE if self.first_only else SOLVER_SHARE
+        share = FIRST_SHARE if self.end == 1 else SOLVER_SHARE
         for attempt in range(SIGN_ROUNDS):
             bounds = ParametricBounds(problem.exact, layer, exact=exact)
             ends = []

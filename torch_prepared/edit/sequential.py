@@ -110,7 +110,7 @@ class SequentialEditor(Editor):
                 state = search.grow()
             except InfeasibleEditError as error:
                 logger.info("sequential with damping %g: %s", damping, error)
-                if deadline.over or number == len(self.dampings):
+                if search.pace.hopeless or deadline.over or number == len(self.dampings):
                     raise
             else:
                 yield from search.finish(state)
@@ -227,6 +227,11 @@ class _Search:
         """
         with self.pace.bounds():
             own = full.choose(self.origin)[0]
+        if self.pace.hopeless:
+            raise InfeasibleEditError(
+                f"got a network that takes {self.pace.bound_seconds:.1f} s to bound and "
+                f"{self.pace.deadline.left:.1f} s; expected time to bound it several times"
+            )
         if self.pace.growing <= 0.0:
             return own, torch.full_like(own, self.aim)
         signal = full.scaled(0.0).choose(self.origin)[0]
