@@ -35,6 +35,7 @@ LOW_DIMENSION = 16
 
 SLACK = 1e-9  #: a leaf's margin must exceed this, for the rounding of engine and checker
 MENDINGS = 4  #: rounds in which leaves that the checker refuses are split
+MENDING_SECONDS, MENDING_CHECKS = 1.0, 4.0  #: for them: so many, or so many times the first check
 
 __all__ = [
     "LOW_DIMENSION",
@@ -211,16 +212,20 @@ def check_and_mend(
         properties: what the proofs are about.
         proofs: one per property.
         metadata: of the certificate.
-        deadline: no round is begun that would not be over by then.
+        deadline: no round is begun that is not expected to be over by then.
     """
     certified = certify(graph, properties, proofs, metadata, deadline)
+    budget = max(MENDING_SECONDS, MENDING_CHECKS * certified.check.seconds)
+    until = Deadline(min(budget, deadline.left))
     for _ in range(MENDINGS):
-        if certified.holds or deadline.left < 1.5 * certified.check.seconds:
-            break
         pairs = list(zip(properties, proofs, certified.check.per_property, strict=True))
-        if not all(_can_mend(prop, check) for prop, _, check in pairs):
+        if certified.holds or not all(_can_mend(prop, check) for prop, _, check in pairs):
             break
-        proofs = [_split_failed(*pair) for pair in pairs]
+        finer = [_split_failed(*pair) for pair in pairs]
+        growth = sum(p.leaves for p in finer) / sum(p.leaves for p in proofs)
+        if until.left < growth * certified.check.seconds:
+            break
+        proofs = finer
         certified = certify(graph, properties, proofs, metadata, deadline)
         logger.info("mended proofs: %s", certified.check.status.value)
     return certified
