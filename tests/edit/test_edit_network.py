@@ -12,10 +12,15 @@ from torch import nn
 
 import torch_prepared as tp
 from torch_prepared.bounds.parametric import editable_layers
-from torch_prepared.edit import EDITORS, Candidate, Editor, EditProblem
+from torch_prepared.core.deadline import Deadline
+from torch_prepared.edit import EDITORS, Candidate, Editor, EditProblem, auto
+from torch_prepared.edit._base import EditOptions
 from torch_prepared.edit._behavior import Drawdown, Reference
 from torch_prepared.edit._vector import ParameterVector
+from torch_prepared.edit.auto import AutoEditor
 from torch_prepared.edit.one_shot import OneShotEditor
+from torch_prepared.edit.refine import RefineEditor
+from torch_prepared.edit.sequential import SequentialEditor
 from torch_prepared.errors import InfeasibleEditError, ModelFormatError, SpecError
 from torch_prepared.specs import Box, LpBall, Property, SafeSet, VPolytope
 
@@ -293,6 +298,27 @@ def test_the_safety_net_of_auto_is_one_edit() -> None:
     methods = [attempt.method for attempt in result.report.attempts]
     assert methods.count("one_shot") == 1
     assert len(methods) > 1
+
+
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("splits", [True, False])
+def test_single_layers_have_their_turn_where_steps_of_all_are_slow(
+    monkeypatch: pytest.MonkeyPatch, many: bool, splits: bool
+) -> None:
+    model = network()
+    graph, prop = tp.capture_module(model, torch.zeros(1, 3)), violated(model, CENTER)
+    reference = Reference.of(graph, CENTER[None], None, None, (prop,), 0)
+    problem = EditProblem(graph, (prop,), reference, EditOptions())
+    monkeypatch.setattr(auto, "MANY_WEIGHTS", 0 if many else 10**9)
+    monkeypatch.setattr(auto, "FEWEST_LEAVES", 0 if splits else 10**9)
+    plan = [editor for editor, _ in AutoEditor()._plan(problem, Deadline(60))]
+    last_layer, others = OneShotEditor(end=1), OneShotEditor(begin=1, extra=1.0)
+    expected: list[Editor] = [last_layer]
+    expected += [RefineEditor(last_only=True)] if many and splits else []
+    expected += [others] if many else []
+    expected += [RefineEditor()] if splits else []
+    expected += [others] if splits and not many else []
+    assert plan == [*expected, SequentialEditor(), OneShotEditor()]
 
 
 def test_auto_splits_for_the_last_layer_of_a_large_network_first(

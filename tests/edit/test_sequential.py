@@ -323,6 +323,25 @@ def test_goals_are_most_of_the_centers_margins_and_half_of_what_holds_anyway() -
     assert bool((goal[holds] < most[holds]).any())
 
 
+def test_a_network_that_takes_too_long_to_bound_is_given_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No other damping is tried: it would take as long."""
+    monkeypatch.setattr(_pace, "FEWEST_PASSES", 1e9)
+    model = network()
+    seen: list[float] = []
+    genuine = sequential._Search.start
+
+    def noting(problem, damping, deadline):  # type: ignore[no-untyped-def]
+        seen.append(damping)
+        return genuine(problem, damping, deadline)
+
+    monkeypatch.setattr(sequential._Search, "start", noting)
+    with pytest.raises(InfeasibleEditError, match="expected time to bound it several times"):
+        tp.edit_network(model, violated(model, CENTER), method="sequential", time_limit=60)
+    assert seen == [0.1]
+
+
 def test_only_margins_below_their_goal_are_linearized() -> None:
     search = crowded_search(0.02)
     _, search.goal = search._goals(search.margins)
@@ -371,6 +390,12 @@ class TestPace:
         assert pace.slow
         assert pace.growing == 0.0
         assert not Pace(Deadline(None), row_seconds=1e9).slow
+
+    def test_nothing_is_restored_where_bounds_take_most_of_the_time(self) -> None:
+        enough = 100.0 / _pace.FEWEST_PASSES
+        assert Pace(Deadline(100.0), bound_seconds=1.01 * enough).hopeless
+        assert not Pace(Deadline(100.0), bound_seconds=0.9 * enough).hopeless
+        assert not Pace(Deadline(None), bound_seconds=1e9).hopeless
 
     def test_growth_is_behind_when_its_rest_takes_longer_than_there_is(self) -> None:
         pace = Pace(Deadline(100.0))
