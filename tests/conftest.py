@@ -1,5 +1,6 @@
 """Shared fixtures: reproducible random numbers, at most two threads, skipping without a GPU."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,12 @@ settings.register_profile("default", deadline=None, derandomize=True, max_exampl
 settings.load_profile("default")
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """Let interrupts arrive: shells start jobs in the background with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
