@@ -391,6 +391,13 @@ class TestPace:
         assert pace.growing == 0.0
         assert not Pace(Deadline(None), row_seconds=1e9).slow
 
+    def test_one_first_pass_that_was_held_up_does_not_end_growth(self) -> None:
+        now, seconds = time.monotonic(), 100.0 / _pace.LEAP
+        assert Pace(Deadline(100.0, now), pass_seconds=seconds, passes=1).grows
+        assert not Pace(Deadline(100.0, now), pass_seconds=seconds, passes=2).grows
+        assert not Pace(Deadline(100.0, now), pass_seconds=3 * seconds, passes=1).grows
+        assert Pace(Deadline(None), pass_seconds=1e9, passes=2).grows
+
     def test_nothing_is_restored_where_bounds_take_most_of_the_time(self) -> None:
         enough = 100.0 / _pace.FEWEST_PASSES
         assert Pace(Deadline(100.0), bound_seconds=1.01 * enough).hopeless

@@ -18,6 +18,7 @@ SEARCH = 120  #: passes without gradients; where they take longer, sizes are not
 SHRINK_SHARE = 0.75  #: of the time limit, when shrinking ends
 FEWEST_PASSES = 2  #: of bounds, without which nothing can be restored
 SLOW_SHARE = 0.03  #: of the time limit; gradients that take longer are asked for few rows
+WARM = 0.5  #: of a first pass, which also prepares much, later ones are expected to take
 SPARE = 1.5  #: times what a first candidate took, kept for the last
 
 
@@ -31,6 +32,7 @@ class Pace:
         row_seconds: likewise, for one row.
         bound_seconds: that bounds alone have taken.
         reserve: seconds that the last candidate needs.
+        passes: for gradients, so far.
     """
 
     deadline: Deadline
@@ -38,6 +40,7 @@ class Pace:
     row_seconds: float = 0.0
     bound_seconds: float = 0.0
     reserve: float = 0.0
+    passes: int = 0
 
     @contextmanager
     def gradients(self, rows: int) -> Iterator[None]:
@@ -46,6 +49,7 @@ class Pace:
         yield
         self.pass_seconds = time.monotonic() - clock
         self.row_seconds = self.pass_seconds / max(rows, 1)
+        self.passes += 1
 
     @contextmanager
     def bounds(self) -> Iterator[None]:
@@ -79,12 +83,21 @@ class Pace:
         return limited and self.deadline.left < FEWEST_PASSES * self.bound_seconds
 
     @property
+    def grows(self) -> bool:
+        """Whether there is time for growing; a first pass that was held up does not end it."""
+        return self._growing(WARM if self.passes == 1 else 1.0) > 0.0
+
+    @property
     def growing(self) -> float:
         """Seconds left for growing; none where gradients take long."""
+        return self._growing(1.0)
+
+    def _growing(self, share: float) -> float:
+        """Likewise, where a pass takes this share of what the last one took."""
         limit = self.deadline.seconds
         if limit is None:
             return math.inf
-        passes = max(LEAP * self.pass_seconds, SEARCH * self.bound_seconds)
+        passes = max(LEAP * share * self.pass_seconds, SEARCH * self.bound_seconds)
         leap = max((1 - GROWTH_SHARE) * limit, passes)
         return 0.0 if self.slow else self.deadline.left - leap
 

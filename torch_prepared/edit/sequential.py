@@ -198,7 +198,7 @@ class _Search:
         theta, slopes, self.size = start.theta, start.slopes, start.size
         began, clock = self.size, time.monotonic()
         while True:
-            late = self.pace.growing <= 0.0 or depth < LEAST_DEPTH * first_depth
+            late = not self.pace.grows or depth < LEAST_DEPTH * first_depth
             target = 1.0 if late else self._reach(full, theta, depth)
             self.margins = full if target == 1.0 else full.scaled(target)
             try:
