@@ -137,9 +137,10 @@ def _advice(rows: Sequence[Row]) -> list[float]:
 
 
 def _inside(rows: Sequence[Row]) -> str:
-    """What the properties demand inside their regions, where that is known and much."""
-    found = [row["drawdown"].get("demanded", 0.0) for row in rows]  # type: ignore[attr-defined]
-    demanded = statistics.median(float(value) for value in found)
+    """What the properties demand inside their regions, where that is known of all and much."""
+    found = [row["drawdown"].get("demanded") for row in rows]  # type: ignore[attr-defined]
+    known = [float(value) for value in found if value is not None]
+    demanded = statistics.median(known) if len(known) == len(rows) else 0.0
     return f"; its properties demand {demanded:.3g} % inside" if demanded > MUCH else ""
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import NETWORKS, mlp, random_boxes
 
-from torch_prepared import ops
 from torch_prepared.bounds import RegionBatch, bound_nodes, bound_rows
 from torch_prepared.bounds._guided import GuidedInterval, default_lines, default_start
 from torch_prepared.core.interval import Interval
@@ -43,7 +42,7 @@ def _pure_crown(graph, regions: RegionBatch, rows: torch.Tensor) -> torch.Tensor
         stable = (lower >= 0) | (upper <= 0)
         chord = torch.where(stable, (lower >= 0).to(lower), upper / (upper - lower))
         offset = torch.where(stable, torch.zeros_like(lower), -chord * lower)
-        below = torch.where(stable, chord, ops.leans_up(lower, upper).to(lower))
+        below = torch.where(stable, chord, (upper > -(1 + 2**-16) * lower).to(lower))
         layers[-1] = (weight, bias, None)
         layers.append((torch.eye(node.size, dtype=weight.dtype), torch.zeros(node.size).to(weight),
                        tuple(part.unsqueeze(1) for part in (below, chord, offset))))  # fmt: skip

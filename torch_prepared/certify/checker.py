@@ -24,6 +24,7 @@ from torch_prepared.certify.rounding import FloatArray, IntArray
 from torch_prepared.errors import CertificateError
 
 __all__ = [
+    "MOST_FAILED",
     "CheckResult",
     "PropertyCheck",
     "Verdict",
