@@ -193,6 +193,19 @@ class TestReport:
         )
         assert lines[3].startswith("| **all** | one_shot | 2 / 3 | 1 |")
 
+    @pytest.mark.parametrize(
+        ("demanded", "told"),
+        [([50.0, 150.0], "; its properties demand 100 % inside"), ([50.0], ""), ([1.0, 2.0], "")],
+    )
+    def test_table_tells_what_is_demanded_where_it_is_much_and_known(self, results, demanded, told):
+        (study,) = load_studies(results)
+        good = [row for row in study.rows if row["certified"]]
+        for row in good:
+            row["drawdown"]["kind"] = "relative"
+        for row, value in zip(good, demanded, strict=False):
+            row["drawdown"]["demanded"] = value
+        assert f"2 (2.5) % of output change{told} |" in markdown_table([study])
+
     def test_table_goes_between_the_markers_and_nowhere_else(self, results, tmp_path):
         readme = tmp_path / "README.md"
         readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")

@@ -136,6 +136,20 @@ def test_lines_are_valid_on_arbitrary_intervals(
     assert_valid(kind, narrowed, float(ends[0]), float(ends[1]), tuple(float(x) for x in lines))
 
 
+@pytest.mark.parametrize("parameter", [0.0, 0.3])
+def test_rounding_near_a_tie_does_not_choose_the_lower_line(
+    parameter: float, device: str, dtype: torch.dtype
+) -> None:
+    """From ``upper = -lower`` up to nearly 1 + 2^-16 times that, all have the small slope."""
+    share = torch.tensor([1 - 1e-4, 1 - 1e-6, 1.0, 1 + 1e-6, 1 + 1.4e-5, 1 + 1.7e-5, 1 + 1e-4])
+    lower = -torch.tensor([0.1, 1.0, 3e3], dtype=torch.float64).repeat_interleave(7)
+    upper = -lower * share.double().repeat(3)
+    box = lower.to(device, dtype).repeat(3), upper.to(device, dtype).repeat(3)  # whole blocks too
+    slope = ops.activation_coefficients(*box, "leaky_relu", parameter)[0].cpu().view(9, 7)
+    expected = torch.tensor([parameter] * 5 + [1.0] * 2, dtype=dtype)
+    assert torch.equal(slope, expected.expand(9, 7))
+
+
 @pytest.mark.parametrize(("kind", "parameter"), ALL)
 def test_agrees_with_the_reference(
     kind: str, parameter: float, device: str, dtype: torch.dtype
